@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// A medium is a store of bytes under names: what a format is spoken over. `Memory` is the one to read first.
+//
+// Names are paths with '/'. The save protocol builds on these facts, which a medium must guarantee:
+//   1. after WritableFile::sync and close return, the bytes of the file survive a crash, but not yet its name;
+//   2. after sync_directory returns, the names in that directory (created, renamed, removed) survive a crash;
+//   3. rename_file replaces the target atomically: a reader sees the old file or the new one;
+//   4. publish_new and exchange_directories are atomic in the same sense for whole directories.
+
+#include <dcp/base/bytes.hpp>
+#include <dcp/base/error.hpp>
+
+#include <concepts>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace dcp {
+
+enum class EntryKind : std::uint8_t { missing, file, directory, other };
+
+struct DirectoryEntry {
+  std::string name;   // one component
+  EntryKind kind;
+  std::uint64_t size; // of a file, in bytes
+};
+
+/// A file being written. Several ranks may have the same file open and write disjoint ranges.
+/// Thread-safe: write_at may be called concurrently for disjoint ranges.
+class WritableFile {
+ public:
+  virtual ~WritableFile() = default;
+  /// Writes all of `bytes` at `offset`, through interruptions and short writes. Throws Error(io).
+  virtual void write_at(std::uint64_t offset, ConstByteSpan bytes) = 0;
+  /// Cuts or extends (with zeros) the file to `size` bytes.
+  virtual void resize(std::uint64_t size) = 0;
+  /// Makes the bytes durable. A failed sync is final: the kernel may have dropped the pages, so it must not be tried again.
+  virtual void sync() = 0;
+  /// Reports what a close can report. The destructor closes silently.
+  virtual void close() = 0;
+};
+
+/// A file being read. Thread-safe.
+class ReadableFile {
+ public:
+  virtual ~ReadableFile() = default;
+  virtual std::uint64_t size() const = 0;
+  /// Fills all of `out` from `offset`. Throws Error(truncated) where the file ends, Error(io) where the system refuses.
+  virtual void read_at(std::uint64_t offset, ByteSpan out) = 0;
+};
+
+/// Held while a save is under way; its release (or the death of its holder) tells others that the attempt is abandoned.
+class Lease {
+ public:
+  virtual ~Lease() = default;
+  /// Renews the sign of life that stands for the lease where locks do not reach. Cheap; called while waiting and writing.
+  virtual void heartbeat() = 0;
+};
+
+/// What the checkpoint floor asks of a medium; `MediumModel` below gives it to any type that models the Medium concept.
+class AnyMedium {
+ public:
+  virtual ~AnyMedium() = default;
+
+  // What this medium can do.
+  virtual bool renames_directories() const = 0;    // publish_new and move_directory; without them the commit record written last is the commit
+  virtual bool shared_by_ranks() const = 0;        // false only for media inside one process
+
+  // Files. open_write creates the file if it is not there and never truncates it.
+  virtual std::unique_ptr<WritableFile> open_write(std::string const& path) = 0;
+  virtual std::unique_ptr<ReadableFile> open_read(std::string const& path) = 0;   // Error(missing_file) if it is not there
+  virtual void rename_file(std::string const& from, std::string const& to) = 0;   // replaces `to`
+  virtual void remove_file(std::string const& path) = 0;                          // no error if it is not there
+
+  // Directories.
+  virtual EntryKind kind(std::string const& path) = 0;
+  virtual std::vector<DirectoryEntry> list(std::string const& directory) = 0;     // sorted by name
+  virtual bool create_directory(std::string const& path) = 0;                     // false if it was there; parents must be there
+  virtual void create_directories(std::string const& path) = 0;                   // with parents, each parent synced
+  virtual void sync_directory(std::string const& path) = 0;
+  /// Renames directory `from` to `to`; false, and nothing done, if `to` is there and not an empty directory.
+  virtual bool publish_new(std::string const& from, std::string const& to) = 0;
+  /// Exchanges two directories atomically; false, and nothing done, where the medium cannot.
+  virtual bool exchange_directories(std::string const& a, std::string const& b) = 0;
+  virtual void remove_tree(std::string const& path) = 0;                          // no error if it is not there
+
+  /// A lease on `path` (a file that this call creates), or nullptr if another holder has it and is alive.
+  virtual std::unique_ptr<Lease> acquire_lease(std::string const& path) = 0;
+
+  /// The path with links resolved and made absolute; the last component need not exist. Throws Error(invalid_argument) for
+  /// places that cannot be replaced as a whole: a root, a mount point, the current directory or a parent of it.
+  virtual std::string resolve_place(std::string const& path) = 0;
+  /// Blocks of this size are written by one rank only: the unit that the medium reads, changes and writes as a whole.
+  virtual std::uint64_t block_bytes(std::string const& directory) = 0;
+};
+
+/// A type is a Medium when it has the members of AnyMedium (by these names; constants for the capabilities).
+template <class M>
+concept Medium = requires(M& medium, std::string const& path) {
+  { M::renames_directories } -> std::convertible_to<bool>;
+  { M::shared_by_ranks } -> std::convertible_to<bool>;
+  { medium.open_write(path) } -> std::same_as<std::unique_ptr<WritableFile>>;
+  { medium.open_read(path) } -> std::same_as<std::unique_ptr<ReadableFile>>;
+  medium.rename_file(path, path);
+  medium.remove_file(path);
+  { medium.kind(path) } -> std::same_as<EntryKind>;
+  { medium.list(path) } -> std::same_as<std::vector<DirectoryEntry>>;
+  { medium.create_directory(path) } -> std::same_as<bool>;
+  medium.create_directories(path);
+  medium.sync_directory(path);
+  { medium.publish_new(path, path) } -> std::same_as<bool>;
+  { medium.exchange_directories(path, path) } -> std::same_as<bool>;
+  medium.remove_tree(path);
+  { medium.acquire_lease(path) } -> std::same_as<std::unique_ptr<Lease>>;
+  { medium.resolve_place(path) } -> std::same_as<std::string>;
+  { medium.block_bytes(path) } -> std::same_as<std::uint64_t>;
+};
+
+/// AnyMedium over a Medium, held by value (a medium is a small handle).
+template <Medium M>
+class MediumModel final : public AnyMedium {
+ public:
+  explicit MediumModel(M medium) : medium_{std::move(medium)} {}
+  bool renames_directories() const override { return M::renames_directories; }
+  bool shared_by_ranks() const override { return M::shared_by_ranks; }
+  std::unique_ptr<WritableFile> open_write(std::string const& path) override { return medium_.open_write(path); }
+  std::unique_ptr<ReadableFile> open_read(std::string const& path) override { return medium_.open_read(path); }
+  void rename_file(std::string const& from, std::string const& to) override { medium_.rename_file(from, to); }
+  void remove_file(std::string const& path) override { medium_.remove_file(path); }
+  EntryKind kind(std::string const& path) override { return medium_.kind(path); }
+  std::vector<DirectoryEntry> list(std::string const& directory) override { return medium_.list(directory); }
+  bool create_directory(std::string const& path) override { return medium_.create_directory(path); }
+  void create_directories(std::string const& path) override { medium_.create_directories(path); }
+  void sync_directory(std::string const& path) override { medium_.sync_directory(path); }
+  bool publish_new(std::string const& from, std::string const& to) override { return medium_.publish_new(from, to); }
+  bool exchange_directories(std::string const& a, std::string const& b) override { return medium_.exchange_directories(a, b); }
+  void remove_tree(std::string const& path) override { medium_.remove_tree(path); }
+  std::unique_ptr<Lease> acquire_lease(std::string const& path) override { return medium_.acquire_lease(path); }
+  std::string resolve_place(std::string const& path) override { return medium_.resolve_place(path); }
+  std::uint64_t block_bytes(std::string const& directory) override { return medium_.block_bytes(directory); }
+
+ private:
+  M medium_;
+};
+
+// Helpers over any medium.
+
+/// The whole of a small file. Throws Error(limit) if it is larger than `most`, before reading it.
+inline Bytes read_file(AnyMedium& medium, std::string const& path, std::uint64_t most) {
+  auto const file = medium.open_read(path);
+  if (file->size() > most) throw Error{ErrorCode::limit, "a file of " + std::to_string(file->size()) + " bytes, more than the limit of " + std::to_string(most)}.with_path(path);
+  Bytes bytes(static_cast<std::size_t>(file->size()));
+  file->read_at(0, bytes);
+  return bytes;
+}
+
+/// Writes a small file durably under its final name: temporary name, sync, rename, sync of the directory.
+inline void write_file_durably(AnyMedium& medium, std::string const& directory, std::string const& name, ConstByteSpan bytes) {
+  auto const path = directory + "/" + name, temporary = path + ".tmp";
+  medium.remove_file(temporary);
+  auto const file = medium.open_write(temporary);
+  file->write_at(0, bytes);
+  file->sync();
+  file->close();
+  medium.rename_file(temporary, path);
+  medium.sync_directory(directory);
+}
+
+}  // namespace dcp
