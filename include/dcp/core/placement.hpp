@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// Placements: what each mesh axis does to a tensor, in types. `Placement<...>` is the only canonical spelling; named axes resolve
+// to it before any type is formed, so that errors print one short name.
+
+#include <dcp/core/mesh.hpp>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+namespace dcp {
+
+enum class RuleKind : std::uint8_t { replicate, shard, partial };
+
+/// A rule as a value.
+struct Rule {
+  RuleKind kind = RuleKind::replicate;
+  int dim = 0;       // of a shard
+  int step = -1;     // of an ordered shard; -1: mesh order
+  friend constexpr bool operator==(Rule const&, Rule const&) = default;
+};
+
+namespace detail {
+template <int Dim>
+struct dim_counts_from_zero {
+  static_assert(Dim >= 0, "dcp: a sharded dimension is counted from 0; negative dimensions do not count from the end here [Dim >= 0]");
+};
+template <int Step>
+struct step_counts_from_zero {
+  static_assert(Step >= 0, "dcp: the Step of an OrderedShard is counted from 0; Step 0 cuts first [Step >= 0]");
+};
+}  // namespace detail
+
+/// Splits dimension `Dim`. Among axes that split the same dimension, the first in mesh order cuts first (as PyTorch DTensor).
+template <int Dim>
+struct Shard : detail::dim_counts_from_zero<Dim> {
+  static constexpr Rule rule{RuleKind::shard, Dim, -1};
+};
+/// Splits dimension `Dim`, where the order of cuts is not mesh order: Step 0 cuts first.
+///
+/// Example   FSDP over tensor parallelism on a (dp, tp) mesh: Placement<OrderedShard<0, 1>, OrderedShard<0, 0>>, tp cuts first
+template <int Dim, int Step>
+struct OrderedShard : detail::dim_counts_from_zero<Dim>, detail::step_counts_from_zero<Step> {
+  static constexpr Rule rule{RuleKind::shard, Dim, Step};
+};
+/// Every rank along the axis holds the same.
+struct Replicate {
+  static constexpr Rule rule{RuleKind::replicate, 0, -1};
+};
+/// The ranks along the axis hold terms of a sum. Cannot be saved: there is no single value before the all-reduce.
+struct Partial {
+  static constexpr Rule rule{RuleKind::partial, 0, -1};
+};
+
+namespace detail {
+template <class R>
+struct is_rule : std::false_type {};
+template <int Dim>
+struct is_rule<Shard<Dim>> : std::true_type {};
+template <int Dim, int Step>
+struct is_rule<OrderedShard<Dim, Step>> : std::true_type {};
+template <>
+struct is_rule<Replicate> : std::true_type {};
+template <>
+struct is_rule<Partial> : std::true_type {};
+
+template <class R>
+struct a_placement_lists_rules {
+  static_assert(is_rule<R>::value, "dcp: a Placement lists rules; each is Shard<Dim>, OrderedShard<Dim, Step>, Replicate or Partial");
+};
+
+template <std::size_t K>
+constexpr int needed_rank(std::array<Rule, K> const& rules) {
+  int rank = 0;
+  for (auto const& rule : rules)
+    if (rule.kind == RuleKind::shard && rule.dim >= rank) rank = rule.dim + 1;
+  return rank;
+}
+template <std::size_t K>
+constexpr int partial_axes(std::array<Rule, K> const& rules) {
+  int count = 0;
+  for (auto const& rule : rules) count += rule.kind == RuleKind::partial ? 1 : 0;
+  return count;
+}
+// Pairs of rules that split one dimension of which one is ordered and one is not.
+template <std::size_t K>
+constexpr int mixed_orders(std::array<Rule, K> const& rules) {
+  int count = 0;
+  for (auto const& a : rules)
+    for (auto const& b : rules)
+      if (a.kind == RuleKind::shard && b.kind == RuleKind::shard && a.dim == b.dim && a.step < 0 && b.step >= 0) ++count;
+  return count;
+}
+template <std::size_t K>
+constexpr int repeated_steps(std::array<Rule, K> const& rules) {
+  int count = 0;
+  for (std::size_t i = 0; i < K; ++i)
+    for (std::size_t j = i + 1; j < K; ++j)
+      if (rules[i].kind == RuleKind::shard && rules[j].kind == RuleKind::shard && rules[i].dim == rules[j].dim && rules[i].step >= 0 && rules[i].step == rules[j].step) ++count;
+  return count;
+}
+template <int Mixed>
+struct one_way_to_order_a_dim {
+  static_assert(Mixed == 0, "dcp: a dimension is split by Shard and OrderedShard at once; give all its axes a Step, or none [mixed pairs == 0]");
+};
+template <int Repeated>
+struct each_step_once {
+  static_assert(Repeated == 0, "dcp: two axes split a dimension with the same Step; number the cuts 0, 1, ... in the order they are made [repeated steps == 0]");
+};
+}  // namespace detail
+
+/// One rule per mesh axis.
+///
+/// Example   Placement<Replicate, Shard<0>> on a (dp, tp) mesh: rows split over tp, copies along dp
+template <class... Rules>
+struct Placement : detail::a_placement_lists_rules<Rules>... {
+  static constexpr int mesh_rank = static_cast<int>(sizeof...(Rules));
+  static constexpr std::array<Rule, sizeof...(Rules)> rules{Rules::rule...};
+  static constexpr int needed_rank = detail::needed_rank(rules);       // the least rank of a tensor that can be placed so
+  static constexpr int partial_axes = detail::partial_axes(rules);
+
+ private:
+  [[no_unique_address]] detail::one_way_to_order_a_dim<detail::mixed_orders(rules)> order_;
+  [[no_unique_address]] detail::each_step_once<detail::repeated_steps(rules)> steps_;
+};
+
+// ---- named axes -------------------------------------------------------------------------------------------------------------
+
+/// Names for the axes of a mesh: tag types, so that a misspelt axis is an undeclared name.
+///
+/// Example   using Mesh = dcp::Axes<struct dp, struct tp>;   Mesh::index<tp> == 1
+template <class... Tags>
+struct Axes {
+  static constexpr int count = static_cast<int>(sizeof...(Tags));
+  template <class Tag>
+  static constexpr int occurrences = (0 + ... + (std::is_same_v<Tag, Tags> ? 1 : 0));
+  template <class Tag>
+  static constexpr int index = [] {
+    int at = 0, found = -1;
+    ((std::is_same_v<Tag, Tags> ? static_cast<void>(found = at++) : static_cast<void>(++at)), ...);
+    return found;
+  }();
+};
+
+/// What the axis named `Tag` does, in a PlacementOn.
+template <class Tag, class R>
+struct On {
+  using tag = Tag;
+  using rule = R;
+};
+
+namespace detail {
+template <class Tag, int Occurrences>
+struct known_axis {
+  static_assert(Occurrences == 1, "dcp: On<axis, rule> names an axis this mesh does not have; use a tag of its Axes [times the axis occurs in the mesh == 1]");
+};
+template <class Tag, int Times>
+struct axis_placed_once {
+  static_assert(Times == 1, "dcp: PlacementOn places an axis twice; give each axis one On [times the axis is placed == 1]");
+};
+template <class Mesh, class Tag, class... Ons>
+struct rule_of_axis {
+  using type = Replicate;
+};
+template <class Mesh, class Tag, class First, class... Rest>
+struct rule_of_axis<Mesh, Tag, First, Rest...> {
+  using type = typename std::conditional_t<std::is_same_v<typename First::tag, Tag>, std::type_identity<typename First::rule>, rule_of_axis<Mesh, Tag, Rest...>>::type;
+};
+template <int Position, class Check>   // a base per On, distinct even when two Ons are equal
+struct check_at : Check {};
+template <class Tag, class... Ons>
+inline constexpr int times_placed = (0 + ... + (std::is_same_v<Tag, typename Ons::tag> ? 1 : 0));
+template <class Mesh, class Positions, class... Ons>
+struct placement_on;
+template <class... Tags, std::size_t... Position, class... Ons>
+struct placement_on<Axes<Tags...>, std::index_sequence<Position...>, Ons...>
+    : check_at<static_cast<int>(Position), known_axis<typename Ons::tag, Axes<Tags...>::template occurrences<typename Ons::tag>>>...,
+      check_at<static_cast<int>(Position), axis_placed_once<typename Ons::tag, times_placed<typename Ons::tag, Ons...>>>... {
+  using type = Placement<typename rule_of_axis<Axes<Tags...>, Tags, Ons...>::type...>;
+};
+}  // namespace detail
+
+/// The Placement with the rules given for named axes and Replicate for all others.
+///
+/// Example   PlacementOn<Axes<dp, tp>, On<tp, Shard<0>>> is Placement<Replicate, Shard<0>>
+template <class Mesh, class... Ons>
+using PlacementOn = typename detail::placement_on<Mesh, std::index_sequence_for<Ons...>, Ons...>::type;
+
+}  // namespace dcp

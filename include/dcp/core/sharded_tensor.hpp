@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// A tensor whose layout over the ranks is part of its type, viewing the memory that holds this rank's part.
+
+#include <dcp/core/layout.hpp>
+#include <dcp/core/tensor_view.hpp>
+
+#include <cstdint>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+namespace dcp {
+
+namespace detail {
+template <class S>
+struct shape_of_type {
+  static constexpr int rank = max_rank;   // AnyShape: known at run time
+};
+template <std::int64_t... Sizes>
+struct shape_of_type<Shape<Sizes...>> {
+  static constexpr int rank = Shape<Sizes...>::rank;
+};
+template <class S>
+struct a_shape {
+  static_assert(std::is_same_v<S, AnyShape>, "dcp: the third argument of a ShardedTensor is a dcp::Shape<...>, or dcp::AnyShape when the shape is known at run time");
+};
+template <std::int64_t... Sizes>
+struct a_shape<Shape<Sizes...>> {};
+
+template <class T>
+inline constexpr bool is_tensor_view = false;
+template <class T>
+inline constexpr bool is_tensor_view<TensorView<T>> = true;
+
+// What a ShardedTensor is without its type.
+struct LocalPart {
+  Layout layout;
+  Box box;             // logical: without padding
+  MemoryView memory;
+  bool held = false;   // whether this rank is in the mesh
+};
+
+inline void check_local_memory(Layout const& layout, Box const& padded, Box const& box, Extents const& given, Extents const& strides, bool dense) {
+  for (int d = 0; d < box.rank(); ++d)
+    if (given.rank() != box.rank() || given[d] < box.shape[d])
+      throw Error{ErrorCode::invalid_argument, "a tensor " + to_string(layout.shape) + " has a local part " + to_string(padded.shape) + " here, but its memory is " + to_string(given) +
+                                                   " with strides " + to_string(strides) + (dense ? "" : "; pass a view of the local part")};
+}
+}  // namespace detail
+
+/// A view of this rank's part of a global tensor.
+///
+/// Memory    a contiguous range of at least local_box(...).size() elements (padding included), or a TensorView of the local part
+///           for strided and fused buffers. It belongs to the trainer and must outlive the tensor's use
+/// Throws    Error(invalid_argument) if the memory is too small
+/// Outside   on a rank that is not in the mesh it views nothing, and a state leaves it out
+/// Example   dcp::ShardedTensor<float, dcp::Placement<dcp::Shard<0>>> w{mesh, {7, 5}, memory};
+template <class T, class P, class S = AnyShape>
+class ShardedTensor : detail::an_element_type<T>, detail::a_placement<P>, detail::a_shape<S>, detail::dims_exist<detail::shape_of_type<S>::rank, P::needed_rank> {
+ public:
+  using element_type = T;
+  using placement = P;
+  static constexpr int partial_axes = P::partial_axes;
+
+  /// Global shape known at run time.
+  template <int N, class M, std::size_t K>
+    requires(std::is_same_v<S, AnyShape>)
+  ShardedTensor(DeviceMesh<N> const& mesh, std::int64_t const (&shape)[K], M&& memory) : ShardedTensor{layout_of<P>(mesh, Extents{shape}), mesh.rank(), memory} {
+    [[maybe_unused]] detail::dims_exist<static_cast<int>(K), P::needed_rank> dims;
+  }
+  template <int N, class M>
+    requires(std::is_same_v<S, AnyShape>)
+  ShardedTensor(DeviceMesh<N> const& mesh, Extents const& shape, M&& memory) : ShardedTensor{layout_of<P>(mesh, shape), mesh.rank(), memory} {}
+  /// A tensor that was padded before it was split; see Padded.
+  template <int N, class M>
+    requires(std::is_same_v<S, AnyShape>)
+  ShardedTensor(DeviceMesh<N> const& mesh, Padded const& shape, M&& memory) : ShardedTensor{layout_of<P>(mesh, shape), mesh.rank(), memory} {}
+  /// Global shape in the type.
+  template <int N, class M>
+    requires(!std::is_same_v<S, AnyShape>)
+  ShardedTensor(DeviceMesh<N> const& mesh, M&& memory) : ShardedTensor{layout_of<P>(mesh, Extents{std::span{S::sizes}}), mesh.rank(), memory} {}
+
+  /// From a global shape in the type to one at run time. The way back is checked: as_shape.
+  operator ShardedTensor<T, P, AnyShape>() const
+    requires(!std::is_same_v<S, AnyShape>)
+  {
+    return ShardedTensor<T, P, AnyShape>{part_};
+  }
+  template <class To>
+  Result<ShardedTensor<T, P, To>> as_shape() const {
+    if (Extents const wanted{std::span{To::sizes}}; !(wanted == shape()))
+      return Error{ErrorCode::shape_mismatch, "a tensor of shape " + to_string(shape()) + " seen as one of " + to_string(wanted)};
+    return ShardedTensor<T, P, To>{part_};
+  }
+
+  storage_of<T>* data() const { return reinterpret_cast<storage_of<T>*>(part_.memory.data); }
+  Extents const& shape() const { return part_.layout.shape; }      // global, logical
+  Box const& local_box() const { return part_.box; }               // logical: without padding
+  Layout const& layout() const { return part_.layout; }
+  MemoryView const& memory() const { return part_.memory; }        // strides of the local part
+  bool held_here() const { return part_.held; }                    // whether this rank is in the mesh
+  DType dtype() const { return dtype_of<T>; }
+
+ private:
+  template <class, class, class>
+  friend class ShardedTensor;
+  explicit ShardedTensor(detail::LocalPart const& part) : part_{part} {}
+
+  template <class M>
+  ShardedTensor(Layout const& layout, std::int64_t rank, M& memory) : part_{layout, nothing_of(layout.shape), {}, false} {
+    auto const coordinate = layout.mesh.coordinate_of(rank);
+    if (!coordinate) return;
+    part_.held = true;
+    part_.box = box_at(layout, *coordinate);
+    Box const padded = padded_box_at(layout, *coordinate);
+    if constexpr (detail::is_tensor_view<std::remove_cvref_t<M>>) {
+      [[maybe_unused]] detail::memory_of_type<T, std::span<storage_of<typename std::remove_cvref_t<M>::element_type>>> check;
+      detail::check_local_memory(layout, padded, part_.box, memory.shape(), memory.strides(), false);
+      part_.memory = memory.memory();
+    } else {
+      part_.memory = TensorView<T>{memory, padded.shape}.memory();
+    }
+  }
+
+  detail::LocalPart part_;
+};
+
+}  // namespace dcp

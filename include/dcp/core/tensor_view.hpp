@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// Views of memory that the trainer owns: contiguous or strided, of one element type, or erased to bytes.
+
+#include <dcp/core/box.hpp>
+#include <dcp/core/dtype.hpp>
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <type_traits>
+#include <utility>
+
+namespace dcp {
+
+namespace detail {
+template <class T>
+struct an_element_type {
+  static_assert(is_element<T>, "dcp: no checkpoint format has this element type; use bool, a fixed-width integer, float, double, std::complex<float>, or a dcp float such as dcp::bf16");
+  static_assert(!std::is_const_v<T>, "dcp: a tensor's element type is not const; loading writes into it");
+};
+template <class T, class M>
+struct memory_of_type {
+  static_assert(std::is_constructible_v<std::span<storage_of<T>>, M&>,
+                "dcp: this memory does not hold the tensor's elements; pass a mutable contiguous range of exactly its element type (std::byte for elements smaller than a byte)");
+};
+}  // namespace detail
+
+/// Memory without its type: the first element and the distance of neighbours in each dimension.
+struct MemoryView {
+  std::byte* data = nullptr;
+  Extents strides;   // in elements
+};
+
+/// A tensor in local memory. As an entry of a state it is the same on every rank and written once.
+///
+/// Views     nothing is owned or copied; the memory must outlive the view's use
+/// Throws    Error(invalid_argument) if the memory is smaller than the shape needs
+/// Example   dcp::TensorView<float> qkv{memory, {3 * 64, 512}};   auto k = qkv.slice(0, 64, 128);   // rows 64 .. 127
+template <class T>
+class TensorView : detail::an_element_type<T> {
+ public:
+  using element_type = T;
+
+  TensorView() = default;
+  template <class M>
+  TensorView(M&& memory, Extents const& shape) : TensorView{memory_of(memory), shape, row_major_strides(shape)} {}
+  /// `strides`: distance in elements between neighbours in each dimension; a row pitch is strides[0].
+  template <class M>
+  TensorView(M&& memory, Extents const& shape, Extents const& strides) : TensorView{memory_of(memory), shape, strides} {}
+
+  storage_of<T>* data() const { return data_; }
+  Extents const& shape() const { return shape_; }
+  Extents const& strides() const { return strides_; }
+  DType dtype() const { return dtype_of<T>; }
+
+  /// Elements [begin, end) of dimension `dim`: part of a fused buffer, or a buffer without its padding.
+  TensorView slice(int dim, std::int64_t begin, std::int64_t end) const {
+    if (dim < 0 || dim >= shape_.rank() || begin < 0 || end < begin || end > shape_[dim])
+      throw Error{ErrorCode::invalid_argument, "slice [" + std::to_string(begin) + ", " + std::to_string(end) + ") of dimension " + std::to_string(dim) + " of a tensor " + to_string(shape_)};
+    static_assert(bits_of(dtype_of<T>) >= 8, "dcp: elements smaller than a byte cannot be sliced; view the bytes that hold them");
+    TensorView part = *this;
+    part.data_ += begin * strides_[dim];
+    part.shape_[dim] = end - begin;
+    return part;
+  }
+
+  MemoryView memory() const { return {reinterpret_cast<std::byte*>(data_), strides_}; }
+
+ private:
+  template <class M>
+  static std::span<storage_of<T>> memory_of(M& memory) {
+    [[maybe_unused]] detail::memory_of_type<T, M> check;
+    if constexpr (std::is_constructible_v<std::span<storage_of<T>>, M&>) return std::span<storage_of<T>>{memory};
+    else return {};
+  }
+  TensorView(std::span<storage_of<T>> memory, Extents const& shape, Extents const& strides) : data_{memory.data()}, shape_{shape}, strides_{strides} {
+    if (shape.rank() != strides.rank())
+      throw Error{ErrorCode::invalid_argument, "a tensor of shape " + to_string(shape) + " with strides " + to_string(strides)};
+    std::int64_t last = 0;   // of the farthest element
+    for (int d = 0; d < shape.rank(); ++d) last += (shape[d] - 1) * strides[d];
+    std::int64_t const elements = shape.empty() ? 0 : last + 1;
+    std::int64_t const units = bits_of(dtype_of<T>) < 8 ? ceil_div<std::int64_t>(elements * bits_of(dtype_of<T>), 8) : elements;
+    if (bits_of(dtype_of<T>) < 8 && !(strides == row_major_strides(shape)))
+      throw Error{ErrorCode::invalid_argument, "a strided tensor of " + std::string{to_string(dtype_of<T>)} + "; elements smaller than a byte must be dense"};
+    if (static_cast<std::uint64_t>(units) > memory.size())
+      throw Error{ErrorCode::invalid_argument,
+                  "a tensor of shape " + to_string(shape) + " needs memory of " + std::to_string(units) + " elements, but was given " + std::to_string(memory.size())};
+  }
+
+  storage_of<T>* data_ = nullptr;
+  Extents shape_ = Extents{0};
+  Extents strides_ = Extents{1};
+};
+
+}  // namespace dcp

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// The unit of planned I/O: a box of a tensor that lies in local memory with one set of strides and in a file with another.
+
+#include <dcp/core/box.hpp>
+#include <dcp/core/dtype.hpp>
+#include <dcp/core/tensor_view.hpp>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+namespace dcp {
+
+/// Bytes of `elements` elements; the planner has checked that they are whole bytes.
+constexpr std::uint64_t bytes_of(DType dtype, std::int64_t elements) {
+  return static_cast<std::uint64_t>(elements) * static_cast<std::uint64_t>(bits_of(dtype)) / 8;
+}
+
+/// Elements [begin, end) of a box, in row-major order of the box, between memory and a file.
+///
+/// Law       the file position of an element rises with its number, so a file window is a range of elements
+struct Transfer {
+  std::uint32_t tensor = 0;       // index of the entry that it belongs to
+  std::uint32_t file = 0;         // index of the file
+  DType dtype{};
+  std::uint64_t offset = 0;       // file position, in bytes, of the box's first element
+  Extents shape;                  // of the box
+  Extents file_strides;           // in elements, row-major strides of the array that the file holds
+  MemoryView memory;              // of the box's first element
+  std::int64_t begin = 0, end = 0;
+
+  std::uint64_t bytes() const { return bytes_of(dtype, end - begin); }
+
+  /// File position just before element `element`.
+  std::uint64_t position_of(std::int64_t element) const {
+    std::int64_t at = 0;
+    for (int d = shape.rank(); d-- > 0;) {
+      at += element % shape[d] * file_strides[d];
+      element /= shape[d];
+    }
+    return offset + bytes_of(dtype, at);
+  }
+  /// File positions that the elements lie between.
+  std::uint64_t file_begin() const { return position_of(begin); }
+  std::uint64_t file_end() const { return begin == end ? file_begin() : position_of(end - 1) + bytes_of_one(); }
+
+  /// How many elements of the box lie before file position `position`, clamped to [begin, end]. A position inside an element
+  /// counts the element as before.
+  std::int64_t elements_before(std::uint64_t position) const {
+    if (position <= offset) return begin;
+    std::int64_t rest = static_cast<std::int64_t>(ceil_div<std::uint64_t>((position - offset) * 8, static_cast<std::uint64_t>(bits_of(dtype))));
+    std::int64_t inner = shape.elements(), count = 0;
+    for (int d = 0; d < shape.rank() && rest > 0; ++d) {
+      inner /= shape[d];
+      std::int64_t const whole = rest / file_strides[d];
+      if (whole >= shape[d]) {
+        count += shape[d] * inner;
+        rest = 0;
+        break;
+      }
+      count += whole * inner;
+      rest -= whole * file_strides[d];
+    }
+    if (shape.rank() == 0 && rest > 0) count = 1;
+    return std::clamp(count, begin, end);
+  }
+
+  /// Calls visit(file position, memory, bytes) for the longest runs of elements [from, to) that are contiguous in both.
+  template <class Visit>
+  void for_each_run(std::int64_t from, std::int64_t to, Visit visit) const {
+    dcp::for_each_run(shape, file_strides, memory.strides, from, to, [&](std::int64_t, std::int64_t in_file, std::int64_t in_memory, std::int64_t length) {
+      visit(offset + bytes_of(dtype, in_file), memory.data + static_cast<std::ptrdiff_t>(bytes_of(dtype, in_memory)), static_cast<std::size_t>(bytes_of(dtype, length)));
+    });
+  }
+  /// Calls visit(file position, bytes) for the longest runs of elements [from, to) that are contiguous in the file.
+  template <class Visit>
+  void for_each_file_run(std::int64_t from, std::int64_t to, Visit visit) const {
+    dcp::for_each_run(shape, file_strides, file_strides, from, to, [&](std::int64_t, std::int64_t in_file, std::int64_t, std::int64_t length) {
+      visit(offset + bytes_of(dtype, in_file), bytes_of(dtype, length));
+    });
+  }
+
+ private:
+  std::uint64_t bytes_of_one() const { return std::max<std::uint64_t>(1, static_cast<std::uint64_t>(bits_of(dtype)) / 8); }
+};
+
+/// The transfer of `part`, a box inside both `held` (what memory holds) and `stored` (what the file holds, densely, at `offset`).
+inline Transfer make_transfer(DType dtype, Box const& part, Box const& held, MemoryView const& memory, Box const& stored, std::uint64_t offset) {
+  Transfer transfer;
+  transfer.dtype = dtype;
+  transfer.shape = part.shape;
+  transfer.file_strides = row_major_strides(stored.shape);
+  transfer.memory = memory;
+  std::int64_t in_file = 0, in_memory = 0;
+  for (int d = 0; d < part.rank(); ++d) {
+    in_file += (part.origin[d] - stored.origin[d]) * transfer.file_strides[d];
+    in_memory += (part.origin[d] - held.origin[d]) * memory.strides[d];
+  }
+  transfer.offset = offset + bytes_of(dtype, in_file);
+  transfer.memory.data += static_cast<std::ptrdiff_t>(bytes_of(dtype, in_memory));
+  transfer.end = part.shape.elements();
+  return transfer;
+}
+
+/// Whether every run of `part` starts and ends on a byte in an array of `stored`'s shape: a condition for elements smaller than a byte.
+inline bool on_byte_boundaries(DType dtype, Box const& part, Box const& stored) {
+  int const bits = bits_of(dtype);
+  if (bits % 8 == 0 || part.empty()) return true;
+  Extents const strides = row_major_strides(stored.shape);
+  std::int64_t start = 0;
+  for (int d = 0; d < part.rank(); ++d) start += (part.origin[d] - stored.origin[d]) * strides[d];
+  bool whole = start * bits % 8 == 0;
+  int inner = part.rank();
+  std::int64_t run = 1;
+  while (inner > 0 && (part.shape[inner - 1] == 1 || strides[inner - 1] == run)) run *= part.shape[--inner];
+  whole = whole && run * bits % 8 == 0;
+  for (int d = 0; d < inner; ++d) whole = whole && (part.shape[d] == 1 || strides[d] * bits % 8 == 0);
+  return whole;
+}
+
+}  // namespace dcp
