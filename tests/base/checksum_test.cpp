@@ -15,7 +15,7 @@ namespace {
 
 // The definition, bit by bit and unreflected: long division of the bit-reversed bytes by P. Shares nothing with the header.
 std::uint64_t divide(ConstByteSpan bytes, std::uint64_t init) {
-  std::uint64_t remainder = init;   // unreflected; all ones and zero are their own reflections
+  std::uint64_t remainder = init;   // zero or all ones, which are their own reflections
   for (std::byte const b : bytes)
     for (int bit = 0; bit < 8; ++bit) {
       bool const in = ((std::to_integer<unsigned>(b) >> bit) & 1U) != 0;
@@ -86,16 +86,16 @@ TEST_CASE("crc64_implementations: the portable tables are always there, and name
 #endif
 }
 
-TEST_CASE("law: every implementation gives the remainder of long division, at every length to 600 and every alignment to 64") {
+TEST_CASE("law: every implementation gives the remainder of long division, at every length to 600 and every offset to 64") {
   Random random;
   CAPTURE(random.seed);
   Bytes const bytes = random.bytes(700);
   std::uint64_t const state = random.engine();
   for (std::uint64_t size = 0; size <= 600; ++size) {
     auto const offset = size % 64;
-    Bytes const exact(bytes.begin() + static_cast<std::ptrdiff_t>(offset), bytes.begin() + static_cast<std::ptrdiff_t>(offset + size));   // ends at its allocation
+    Bytes const exact = joined(part(bytes, offset, size), {});   // ends where its allocation ends, so that a sanitizer sees a read past it
     auto const expected = divide(exact, 0);
-    auto const continued = divide(joined(random.bytes(0), exact), 0) ^ crc64_shift(state, size);
+    auto const continued = expected ^ crc64_shift(state, size);
     for (auto const& implementation : crc64_implementations()) {
       CAPTURE(implementation.name);
       CAPTURE(size);

@@ -14,7 +14,9 @@
 // Words are reflected: bit i of a 64-bit word is the coefficient of x^(63-i). So x^0 is the top bit, multiplying by x is a shift to
 // the right, and the first byte in memory is the lowest byte of a little-endian load.
 //
-// Throughput, 256 KiB blocks in cache, one core of a 2-core x86-64 VM (Xeon with AVX-512), g++ 12 -O2: MEASURED
+// Throughput of the implementations on 256 KiB blocks already in cache, best of 30, one thread of a 2-core x86-64 VM (Xeon with
+// AVX-512), g++ 12 and clang++ 14 -O2: tables 1.5-1.6 GB/s, pclmulqdq 24 GB/s, vpclmulqdq-512 70 GB/s. Sixteen tables instead of
+// eight measured 2.0-2.3 GB/s; not worth 16 KiB more of the first-level cache to the machines that have no carry-less product.
 
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
@@ -186,6 +188,8 @@ DCP_TARGET_VCLMUL inline std::uint64_t crc64_raw_vclmul(std::byte const* bytes, 
   for (std::size_t lane = 16; lane < 64; lane += 16) value = crc64_fold(value, over_128, crc64_load(lanes.data() + lane));
   return crc64_finish(value, bytes, size);
 }
+#undef DCP_TARGET_CLMUL
+#undef DCP_TARGET_VCLMUL
 #endif
 
 }  // namespace detail
@@ -209,6 +213,7 @@ inline std::span<Crc64Implementation const> crc64_implementations() {
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("vpclmulqdq"))
         list[n++] = {"vpclmulqdq-512", detail::crc64_raw_vclmul, detail::crc64_multiply_clmul};
     }
+#undef DCP_CRC64_X86
 #endif
     return n;
   }();
@@ -255,7 +260,8 @@ inline std::uint64_t crc64_combine(std::uint64_t first, std::uint64_t second, st
 /// Adds up the runs that one rank holds of one chunk, in any order. Copy, assign and start again freely: it owns nothing.
 ///
 /// Cost      a run costs its raw CRC and one product. The factor of the product depends only on the distance between the ends of two
-///           runs one after the other, and is kept while that distance repeats, as it does in the rows of a column shard
+///           runs one after the other, and is kept while that distance repeats, as it does in the rows of a column shard. Measured as
+///           above, every fourth run of a block: 8 ns for runs of 2 bytes, 13 ns for 64, 17 ns for 256 (15 GB/s), 28 ns for 1024 (36 GB/s)
 /// Example   PositionedCrc mine{chunk_size};  for (row...) mine.add(offset_of(row), bytes_of(row));
 ///           mine.contribution() XOR those of the other ranks == the raw CRC of the chunk, if the bytes() add up to chunk_size
 class PositionedCrc {
