@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// CRC-64/NVME, and the algebra that lets ranks checksum a file together that none of them holds whole.
+//
+// The law. Read bytes as a polynomial M over GF(2). The *raw* CRC is M * x^64 mod P, with nothing added at either end, so it is
+// linear: raw(a ^ b) == raw(a) ^ raw(b), raw of zeros is 0, and n zero bytes appended multiply by x^(8n). A run of bytes at its
+// place in a chunk, zeros elsewhere, therefore has a contribution that the holder of the run computes alone, and contributions of
+// disjoint runs XOR to the raw CRC of the chunk. The *standard* CRC, the one that object stores and other tools check, is the raw
+// one plus a term that depends only on the length: crc64_from_raw.
+//
+// What the raw CRC cannot see, because the law cannot: a run of zeros that nobody contributed, and a run that was contributed an
+// even number of times. Count the bytes as well (PositionedCrc::bytes) and compare with the length of the chunk.
+//
+// Words are reflected: bit i of a 64-bit word is the coefficient of x^(63-i). So x^0 is the top bit, multiplying by x is a shift to
+// the right, and the first byte in memory is the lowest byte of a little-endian load.
+//
+// Throughput of the implementations on 256 KiB blocks already in cache, best of 30, one thread of a 2-core x86-64 VM (Xeon with
+// AVX-512), g++ 12 and clang++ 14 -O2: tables 1.5-1.6 GB/s, pclmulqdq 24 GB/s, vpclmulqdq-512 70 GB/s. Sixteen tables instead of
+// eight measured 2.0-2.3 GB/s; not worth 16 KiB more of the first-level cache to the machines that have no carry-less product.
+
+#include <dcp/base/bytes.hpp>
+#include <dcp/base/error.hpp>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define DCP_CRC64_X86 1
+#endif
+
+namespace dcp {
+namespace detail {
+
+constexpr std::uint64_t reversed_bits(std::uint64_t value) {
+  std::uint64_t result = 0;
+  for (int bit = 0; bit < 64; ++bit) result |= ((value >> bit) & 1) << (63 - bit);
+  return result;
+}
+
+// x^64 mod P, as CRC catalogues write P (NVM Express NVM Command Set 1.0, "64b CRC").
+inline constexpr std::uint64_t crc64_polynomial = reversed_bits(0xad93d23594c93659);
+inline constexpr std::uint64_t crc64_one = std::uint64_t{1} << 63;
+
+constexpr std::uint64_t crc64_times_x(std::uint64_t a) { return (a >> 1) ^ (crc64_polynomial & (0 - (a & 1))); }
+
+/// a * b mod P.
+constexpr std::uint64_t crc64_multiply(std::uint64_t a, std::uint64_t b) {
+  std::uint64_t product = 0;
+  for (; a != 0; a <<= 1, b = crc64_times_x(b)) product ^= b & (0 - (a >> 63));
+  return product;
+}
+
+/// x^n mod P.
+constexpr std::uint64_t crc64_x_to(unsigned n) {
+  std::uint64_t result = crc64_one;
+  for (std::uint64_t power = crc64_times_x(crc64_one); n != 0; n >>= 1, power = crc64_multiply(power, power))
+    if ((n & 1) != 0) result = crc64_multiply(result, power);
+  return result;
+}
+
+// [k] is x^(8 * 2^k): what 2^k zero bytes multiply by.
+inline constexpr auto crc64_zero_bytes = [] {
+  std::array<std::uint64_t, 64> table{};
+  table[0] = crc64_x_to(8);
+  for (std::size_t k = 1; k < table.size(); ++k) table[k] = crc64_multiply(table[k - 1], table[k - 1]);
+  return table;
+}();
+
+// [k][b] is byte b followed by k zero bytes: eight look-ups do eight bytes.
+inline constexpr auto crc64_slices = [] {
+  std::array<std::array<std::uint64_t, 256>, 8> table{};
+  for (std::size_t b = 0; b < 256; ++b) {
+    std::uint64_t state = b;
+    for (int bit = 0; bit < 8; ++bit) state = crc64_times_x(state);
+    table[0][b] = state;
+  }
+  for (std::size_t k = 1; k < table.size(); ++k)
+    for (std::size_t b = 0; b < 256; ++b) table[k][b] = (table[k - 1][b] >> 8) ^ table[0][table[k - 1][b] & 0xff];
+  return table;
+}();
+
+/// a * x^64 mod P: eight zero bytes.
+inline std::uint64_t crc64_shift_word(std::uint64_t a) {
+  auto const& t = crc64_slices;
+  return t[7][a & 0xff] ^ t[6][(a >> 8) & 0xff] ^ t[5][(a >> 16) & 0xff] ^ t[4][(a >> 24) & 0xff] ^ t[3][(a >> 32) & 0xff] ^
+         t[2][(a >> 40) & 0xff] ^ t[1][(a >> 48) & 0xff] ^ t[0][a >> 56];
+}
+
+inline std::uint64_t crc64_raw_tables(std::byte const* bytes, std::size_t size, std::uint64_t state) {
+  for (; size >= 8; bytes += 8, size -= 8) state = crc64_shift_word(state ^ load_little_endian<std::uint64_t>(bytes));
+  for (; size > 0; ++bytes, --size) state = (state >> 8) ^ crc64_slices[0][(state ^ std::to_integer<std::uint64_t>(*bytes)) & 0xff];
+  return state;
+}
+inline std::uint64_t crc64_multiply_bits(std::uint64_t a, std::uint64_t b) { return crc64_multiply(a, b); }
+
+#ifdef DCP_CRC64_X86
+// Folding. 16 bytes in a register are V = low * x^64 + high (the low half came first in memory). Moving V over d later bits is
+//   V * x^d  ==  low * x^(d+64) + high * x^d   (mod P),
+// two products of 64-bit words, each at most 128 bits long: the same shape as V again, so they are added to the 16 bytes that lie d
+// bits later, and no remainder is taken until the end. A carry-less product of two reflected words, read as a reflected 128-bit
+// word, comes out as a * b * x, because bits i and j land on bit i + j while x^(63-i) * x^(63-j) belongs on bit i + j + 1; hence
+// the exponents below are one less than in the formula.
+struct Crc64Fold {
+  std::uint64_t low, high;
+};
+template <unsigned Bits>
+inline constexpr Crc64Fold crc64_fold_over{crc64_x_to(Bits + 63), crc64_x_to(Bits - 1)};
+
+#define DCP_TARGET_CLMUL __attribute__((target("pclmul,sse4.1")))
+#define DCP_TARGET_VCLMUL __attribute__((target("avx512f,vpclmulqdq,pclmul,sse4.1")))
+
+DCP_TARGET_CLMUL inline __m128i crc64_load(std::byte const* bytes) { return _mm_loadu_si128(reinterpret_cast<__m128i const*>(bytes)); }
+DCP_TARGET_CLMUL inline __m128i crc64_factors(Crc64Fold fold) {
+  return _mm_set_epi64x(static_cast<long long>(fold.high), static_cast<long long>(fold.low));
+}
+DCP_TARGET_CLMUL inline __m128i crc64_fold(__m128i value, __m128i factors, __m128i later) {
+  return _mm_xor_si128(later, _mm_xor_si128(_mm_clmulepi64_si128(value, factors, 0x00), _mm_clmulepi64_si128(value, factors, 0x11)));
+}
+
+// The remainder of `value` followed by the bytes that are left.
+DCP_TARGET_CLMUL inline std::uint64_t crc64_finish(__m128i value, std::byte const* bytes, std::size_t size) {
+  __m128i const over_128 = crc64_factors(crc64_fold_over<128>);
+  for (; size >= 16; bytes += 16, size -= 16) value = crc64_fold(value, over_128, crc64_load(bytes));
+  auto const low = static_cast<std::uint64_t>(_mm_cvtsi128_si64(value));
+  auto const high = static_cast<std::uint64_t>(_mm_extract_epi64(value, 1));
+  return crc64_raw_tables(bytes, size, crc64_shift_word(crc64_shift_word(low) ^ high));
+}
+
+// Four accumulators, because a carry-less product takes three to seven cycles and one can start in each.
+DCP_TARGET_CLMUL inline std::uint64_t crc64_raw_clmul(std::byte const* bytes, std::size_t size, std::uint64_t state) {
+  if (size < 16) return crc64_raw_tables(bytes, size, state);
+  __m128i a = _mm_xor_si128(crc64_load(bytes), _mm_cvtsi64_si128(static_cast<long long>(state)));
+  if (size < 64) return crc64_finish(a, bytes + 16, size - 16);
+  __m128i b = crc64_load(bytes + 16), c = crc64_load(bytes + 32), d = crc64_load(bytes + 48);
+  bytes += 64, size -= 64;
+  __m128i const over_512 = crc64_factors(crc64_fold_over<512>);
+  for (; size >= 64; bytes += 64, size -= 64) {
+    a = crc64_fold(a, over_512, crc64_load(bytes));
+    b = crc64_fold(b, over_512, crc64_load(bytes + 16));
+    c = crc64_fold(c, over_512, crc64_load(bytes + 32));
+    d = crc64_fold(d, over_512, crc64_load(bytes + 48));
+  }
+  __m128i const over_128 = crc64_factors(crc64_fold_over<128>);
+  return crc64_finish(crc64_fold(crc64_fold(crc64_fold(a, over_128, b), over_128, c), over_128, d), bytes, size);
+}
+
+// The product, shifted to undo the factor x of the instruction, is low * x^64 + high.
+DCP_TARGET_CLMUL inline std::uint64_t crc64_multiply_clmul(std::uint64_t a, std::uint64_t b) {
+  __m128i const product = _mm_clmulepi64_si128(_mm_cvtsi64_si128(static_cast<long long>(a)), _mm_cvtsi64_si128(static_cast<long long>(b)), 0x00);
+  auto const low = static_cast<std::uint64_t>(_mm_cvtsi128_si64(product));
+  auto const high = static_cast<std::uint64_t>(_mm_extract_epi64(product, 1));
+  return crc64_shift_word(low << 1) ^ (high << 1 | low >> 63);
+}
+
+DCP_TARGET_VCLMUL inline __m512i crc64_load_512(std::byte const* bytes) { return _mm512_loadu_si512(bytes); }
+DCP_TARGET_VCLMUL inline __m512i crc64_factors_512(Crc64Fold fold) {   // not _mm512_broadcast_i32x4: g++ 12 warns about its inside, GCC bug 105593
+  auto const low = static_cast<long long>(fold.low), high = static_cast<long long>(fold.high);
+  return _mm512_set_epi64(high, low, high, low, high, low, high, low);
+}
+DCP_TARGET_VCLMUL inline __m512i crc64_fold_512(__m512i value, __m512i factors, __m512i later) {
+  constexpr int xor_of_three = 0x96;
+  return _mm512_ternarylogic_epi64(later, _mm512_clmulepi64_epi128(value, factors, 0x00), _mm512_clmulepi64_epi128(value, factors, 0x11), xor_of_three);
+}
+
+DCP_TARGET_VCLMUL inline std::uint64_t crc64_raw_vclmul(std::byte const* bytes, std::size_t size, std::uint64_t state) {
+  if (size < 256) return crc64_raw_clmul(bytes, size, state);
+  __m512i a = _mm512_xor_si512(crc64_load_512(bytes), _mm512_zextsi128_si512(_mm_cvtsi64_si128(static_cast<long long>(state))));
+  __m512i b = crc64_load_512(bytes + 64), c = crc64_load_512(bytes + 128), d = crc64_load_512(bytes + 192);
+  bytes += 256, size -= 256;
+  __m512i const over_2048 = crc64_factors_512(crc64_fold_over<2048>);
+  for (; size >= 256; bytes += 256, size -= 256) {
+    a = crc64_fold_512(a, over_2048, crc64_load_512(bytes));
+    b = crc64_fold_512(b, over_2048, crc64_load_512(bytes + 64));
+    c = crc64_fold_512(c, over_2048, crc64_load_512(bytes + 128));
+    d = crc64_fold_512(d, over_2048, crc64_load_512(bytes + 192));
+  }
+  __m512i const over_512 = crc64_factors_512(crc64_fold_over<512>);
+  d = crc64_fold_512(crc64_fold_512(crc64_fold_512(a, over_512, b), over_512, c), over_512, d);
+  for (; size >= 64; bytes += 64, size -= 64) d = crc64_fold_512(d, over_512, crc64_load_512(bytes));
+  alignas(64) std::array<std::byte, 64> lanes;
+  _mm512_store_si512(lanes.data(), d);
+  __m128i const over_128 = crc64_factors(crc64_fold_over<128>);
+  __m128i value = crc64_load(lanes.data());
+  for (std::size_t lane = 16; lane < 64; lane += 16) value = crc64_fold(value, over_128, crc64_load(lanes.data() + lane));
+  return crc64_finish(value, bytes, size);
+}
+#undef DCP_TARGET_CLMUL
+#undef DCP_TARGET_VCLMUL
+#endif
+
+}  // namespace detail
+
+/// One way to compute. All give equal results; they differ in the instructions they need.
+struct Crc64Implementation {
+  char const* name;
+  std::uint64_t (*raw)(std::byte const* bytes, std::size_t size, std::uint64_t state);
+  std::uint64_t (*multiply)(std::uint64_t a, std::uint64_t b);   // a * b mod P
+};
+
+/// What this processor can run, slowest first; every function below uses the last one.
+inline std::span<Crc64Implementation const> crc64_implementations() {
+  static std::array<Crc64Implementation, 3> list{{{"tables", detail::crc64_raw_tables, detail::crc64_multiply_bits}}};
+  static std::size_t const count = [] {
+    std::size_t n = 1;
+#ifdef DCP_CRC64_X86
+    __builtin_cpu_init();   // a caller may run before the constructors of the run-time library
+    if (__builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1")) {
+      list[n++] = {"pclmulqdq", detail::crc64_raw_clmul, detail::crc64_multiply_clmul};
+      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("vpclmulqdq"))
+        list[n++] = {"vpclmulqdq-512", detail::crc64_raw_vclmul, detail::crc64_multiply_clmul};
+    }
+#undef DCP_CRC64_X86
+#endif
+    return n;
+  }();
+  return std::span{list}.first(count);
+}
+
+namespace detail {
+inline Crc64Implementation const& crc64_best() {
+  static Crc64Implementation const best = crc64_implementations().back();
+  return best;
+}
+}  // namespace detail
+
+/// The linear CRC, continued from `state`.
+///
+/// Law       crc64_raw(a ++ b) == crc64_raw(b, crc64_raw(a));  crc64_raw(a ^ b) == crc64_raw(a) ^ crc64_raw(b) for equal lengths
+inline std::uint64_t crc64_raw(ConstByteSpan bytes, std::uint64_t state = 0) { return detail::crc64_best().raw(bytes.data(), bytes.size(), state); }
+
+/// The standard CRC-64/NVME.
+///
+/// Source    NVM Express NVM Command Set, "64b CRC"; the same as the x-amz-checksum-crc64nvme of object stores
+/// Example   crc64 of "123456789" == 0xae8b14860a799888;  crc64 of nothing == 0
+inline std::uint64_t crc64(ConstByteSpan bytes) { return ~crc64_raw(bytes, ~std::uint64_t{0}); }
+
+/// The raw CRC after `zero_bytes` further zeros. At most 64 products; one when `zero_bytes` is a power of two.
+inline std::uint64_t crc64_shift(std::uint64_t raw, std::uint64_t zero_bytes) {
+  auto const multiply = detail::crc64_best().multiply;
+  for (std::size_t k = 0; zero_bytes != 0; ++k, zero_bytes >>= 1)
+    if ((zero_bytes & 1) != 0) raw = multiply(raw, detail::crc64_zero_bytes[k]);
+  return raw;
+}
+
+/// The standard CRC of `size` bytes whose raw CRC is `raw`.
+inline std::uint64_t crc64_from_raw(std::uint64_t raw, std::uint64_t size) { return ~(raw ^ crc64_shift(~std::uint64_t{0}, size)); }
+
+/// The raw CRC of `size` bytes whose standard CRC is `crc`. The term between the two is added either way.
+inline std::uint64_t crc64_to_raw(std::uint64_t crc, std::uint64_t size) { return crc64_from_raw(crc, size); }
+
+/// The standard CRC of two byte strings, one after the other. (The terms of the first one's length cancel.)
+inline std::uint64_t crc64_combine(std::uint64_t first, std::uint64_t second, std::uint64_t second_size) {
+  return crc64_shift(first, second_size) ^ second;
+}
+
+/// Adds up the runs that one rank holds of one chunk, in any order. Copy, assign and start again freely: it owns nothing.
+///
+/// Cost      a run costs its raw CRC and one product. The factor of the product depends only on the distance between the ends of two
+///           runs one after the other, and is kept while that distance repeats, as it does in the rows of a column shard. Measured as
+///           above, every fourth run of a block: 8 ns for runs of 2 bytes, 13 ns for 64, 17 ns for 256 (15 GB/s), 28 ns for 1024 (36 GB/s)
+/// Example   PositionedCrc mine{chunk_size};  for (row...) mine.add(offset_of(row), bytes_of(row));
+///           mine.contribution() XOR those of the other ranks == the raw CRC of the chunk, if the bytes() add up to chunk_size
+class PositionedCrc {
+ public:
+  explicit PositionedCrc(std::uint64_t chunk_size) : chunk_size_{chunk_size} {}
+
+  /// Throws Error(invalid_argument) if the run does not lie in the chunk.
+  void add(std::uint64_t offset, ConstByteSpan run) {
+    if (offset > chunk_size_ || run.size() > chunk_size_ - offset) outside(offset, run.size());
+    std::uint64_t const end = offset + run.size();
+    std::uint64_t const crc = implementation_->raw(run.data(), run.size(), 0);
+    if (end >= end_) {
+      raw_ = shifted(raw_, end - end_) ^ crc;
+      end_ = end;
+    } else {
+      raw_ ^= shifted(crc, end_ - end);
+    }
+    bytes_ += run.size();
+  }
+
+  std::uint64_t contribution() const { return crc64_shift(raw_, chunk_size_ - end_); }
+  std::uint64_t bytes() const { return bytes_; }
+  std::uint64_t chunk_size() const { return chunk_size_; }
+
+ private:
+  std::uint64_t shifted(std::uint64_t crc, std::uint64_t distance) {
+    if (crc == 0 || distance == 0) return crc;
+    if (distance != distance_) factor_ = crc64_shift(detail::crc64_one, distance), distance_ = distance;
+    return implementation_->multiply(crc, factor_);
+  }
+  [[noreturn]] void outside(std::uint64_t offset, std::size_t size) const {
+    throw Error{ErrorCode::invalid_argument, "a checksum of " + std::to_string(size) + " bytes at " + std::to_string(offset) + " of a chunk of " +
+                                                 std::to_string(chunk_size_) + " bytes"};
+  }
+
+  Crc64Implementation const* implementation_ = &detail::crc64_best();
+  std::uint64_t chunk_size_;
+  std::uint64_t raw_ = 0, end_ = 0;              // raw CRC of the chunk's first end_ bytes
+  std::uint64_t distance_ = 0, factor_ = 0;      // the last factor used: x^(8 * distance_)
+  std::uint64_t bytes_ = 0;
+};
+
+/// What one run adds to the raw CRC of its chunk. For many runs use PositionedCrc.
+///
+/// Throws    Error(invalid_argument) if the run does not lie in the chunk
+inline std::uint64_t crc64_contribution(ConstByteSpan run, std::uint64_t offset_in_chunk, std::uint64_t chunk_size) {
+  PositionedCrc crc{chunk_size};
+  crc.add(offset_in_chunk, run);
+  return crc.contribution();
+}
+
+}  // namespace dcp
