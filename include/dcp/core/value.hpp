@@ -39,6 +39,7 @@ struct Value {
 
 namespace detail {
 
+/// The shortest decimal that reads back as the same T.
 template <class T>
 std::string number_to_json(T value) {
   if constexpr (std::is_same_v<T, bool>) {

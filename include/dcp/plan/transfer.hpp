@@ -23,7 +23,8 @@ constexpr std::uint64_t bytes_of(DType dtype, std::int64_t elements) {
 struct Transfer {
   std::uint32_t tensor = 0;       // index of the entry that it belongs to
   std::uint32_t file = 0;         // index of the file
-  DType dtype{};
+  DType dtype{};                  // in the file
+  DType memory_dtype{};           // in memory; differs only where a load casts
   std::uint64_t offset = 0;       // file position, in bytes, of the box's first element
   Extents shape;                  // of the box
   Extents file_strides;           // in elements, row-major strides of the array that the file holds
@@ -70,7 +71,7 @@ struct Transfer {
   template <class Visit>
   void for_each_run(std::int64_t from, std::int64_t to, Visit visit) const {
     dcp::for_each_run(shape, file_strides, memory.strides, from, to, [&](std::int64_t, std::int64_t in_file, std::int64_t in_memory, std::int64_t length) {
-      visit(offset + bytes_of(dtype, in_file), memory.data + static_cast<std::ptrdiff_t>(bytes_of(dtype, in_memory)), static_cast<std::size_t>(bytes_of(dtype, length)));
+      visit(offset + bytes_of(dtype, in_file), memory.data + static_cast<std::ptrdiff_t>(bytes_of(memory_dtype, in_memory)), static_cast<std::size_t>(bytes_of(dtype, length)));
     });
   }
   /// Calls visit(file position, bytes) for the longest runs of elements [from, to) that are contiguous in the file.
@@ -86,9 +87,10 @@ struct Transfer {
 };
 
 /// The transfer of `part`, a box inside both `held` (what memory holds) and `stored` (what the file holds, densely, at `offset`).
-inline Transfer make_transfer(DType dtype, Box const& part, Box const& held, MemoryView const& memory, Box const& stored, std::uint64_t offset) {
+inline Transfer make_transfer(DType dtype, DType memory_dtype, Box const& part, Box const& held, MemoryView const& memory, Box const& stored, std::uint64_t offset) {
   Transfer transfer;
   transfer.dtype = dtype;
+  transfer.memory_dtype = memory_dtype;
   transfer.shape = part.shape;
   transfer.file_strides = row_major_strides(stored.shape);
   transfer.memory = memory;
@@ -98,7 +100,7 @@ inline Transfer make_transfer(DType dtype, Box const& part, Box const& held, Mem
     in_memory += (part.origin[d] - held.origin[d]) * memory.strides[d];
   }
   transfer.offset = offset + bytes_of(dtype, in_file);
-  transfer.memory.data += static_cast<std::ptrdiff_t>(bytes_of(dtype, in_memory));
+  transfer.memory.data += static_cast<std::ptrdiff_t>(bytes_of(memory_dtype, in_memory));
   transfer.end = part.shape.elements();
   return transfer;
 }

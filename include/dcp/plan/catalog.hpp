@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// What a checkpoint holds, whatever its format: tensors as boxes in files, values, tied names.
+
+#include <dcp/core/box.hpp>
+#include <dcp/core/dtype.hpp>
+#include <dcp/core/value.hpp>
+#include <dcp/plan/schema.hpp>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace dcp {
+
+/// A tensor, or a piece of one, as the header of one file describes it.
+struct FoundTensor {
+  std::string name;
+  DType dtype{};
+  Extents shape;            // of what this file holds
+  std::uint64_t offset = 0; // in the file, in bytes
+  Extents origin;           // of the piece in the global tensor; all 0 for a whole one
+};
+/// What the header of one file says.
+struct FoundFile {
+  std::string path;
+  std::uint64_t size = 0;
+  bool pieces = false;      // whether the file says that its tensors are pieces of larger ones
+  std::vector<FoundTensor> tensors;
+  std::vector<Tie> ties;
+};
+
+struct CatalogFile {
+  std::string path;
+  std::uint64_t size = 0;
+};
+struct StoredPiece {
+  std::uint32_t file;
+  std::uint64_t offset;
+  Box box;
+};
+struct CatalogTensor {
+  std::string name;
+  DType dtype{};
+  Extents shape;
+  std::vector<StoredPiece> pieces;   // in order of preference where they overlap
+};
+struct Catalog {
+  std::vector<CatalogFile> files;
+  std::vector<CatalogTensor> tensors;                      // sorted by name
+  std::vector<std::pair<std::string, Value>> values;       // sorted by name
+  std::vector<Tie> ties;                                   // sorted by dropped name
+  std::vector<std::string> duplicates;                     // pieces stored twice, in words
+  std::vector<std::string> warnings;
+
+  CatalogTensor const* find_tensor(std::string_view name) const {
+    auto const at = std::lower_bound(tensors.begin(), tensors.end(), name, [](CatalogTensor const& t, std::string_view n) { return t.name < n; });
+    return at != tensors.end() && at->name == name ? &*at : nullptr;
+  }
+  Value const* find_value(std::string_view name) const {
+    auto const at = std::lower_bound(values.begin(), values.end(), name, [](auto const& v, std::string_view n) { return v.first < n; });
+    return at != values.end() && at->first == name ? &at->second : nullptr;
+  }
+  /// The name under which `name` is stored: itself, or what it is tied to.
+  std::string const& stored_name(std::string const& name) const {
+    auto const at = std::lower_bound(ties.begin(), ties.end(), name, [](Tie const& t, std::string const& n) { return t.dropped < n; });
+    return at != ties.end() && at->dropped == name ? at->kept : name;
+  }
+};
+
+inline Bytes encode(FoundFile const& file) {
+  ByteWriter out;
+  out.text(file.path).number(file.size).number(file.pieces).number<std::uint64_t>(file.tensors.size());
+  for (auto const& t : file.tensors) {
+    out.text(t.name).number(t.dtype).number(t.offset).number(t.shape.rank());
+    for (int d = 0; d < t.shape.rank(); ++d) out.number(t.shape[d]).number(t.origin[d]);
+  }
+  out.number<std::uint64_t>(file.ties.size());
+  for (auto const& tie : file.ties) out.text(tie.dropped).text(tie.kept);
+  return out.take();
+}
+inline FoundFile decode_found_file(ConstByteSpan bytes) {
+  ByteReader in{bytes};
+  FoundFile file;
+  file.path = in.text(), file.size = in.number<std::uint64_t>(), file.pieces = in.number<bool>();
+  for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
+    FoundTensor& t = file.tensors.emplace_back();
+    t.name = in.text(), t.dtype = in.number<DType>(), t.offset = in.number<std::uint64_t>();
+    t.shape = t.origin = Extents::filled(std::clamp(in.number<int>(), 0, max_rank), 0);
+    for (int d = 0; d < t.shape.rank(); ++d) t.shape[d] = in.number<std::int64_t>(), t.origin[d] = in.number<std::int64_t>();
+  }
+  for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
+    Tie& tie = file.ties.emplace_back();
+    tie.dropped = in.text(), tie.kept = in.text();
+  }
+  return file;
+}
+
+namespace detail {
+// What is left of `box` without `hole`, as disjoint boxes.
+inline void subtract(Box const& box, Box const& hole, std::vector<Box>& out) {
+  Box common;
+  if (!intersect(box, hole, common)) {
+    out.push_back(box);
+    return;
+  }
+  Box rest = box;
+  for (int d = 0; d < box.rank(); ++d) {
+    if (common.origin[d] > rest.origin[d]) {
+      Box before = rest;
+      before.shape[d] = common.origin[d] - rest.origin[d];
+      out.push_back(before);
+    }
+    if (auto const end = rest.origin[d] + rest.shape[d], common_end = common.origin[d] + common.shape[d]; common_end < end) {
+      Box after = rest;
+      after.origin[d] = common_end;
+      after.shape[d] = end - common_end;
+      out.push_back(after);
+    }
+    rest.origin[d] = common.origin[d];
+    rest.shape[d] = common.shape[d];
+  }
+}
+
+// Whether any two of the boxes overlap: a sweep along the dimension of the largest extent, O(n log n) for the grids that jobs write.
+inline bool any_overlap(std::vector<StoredPiece> const& pieces, Extents const& shape) {
+  if (pieces.size() < 2) return false;
+  if (shape.rank() == 0) return true;
+  int widest = 0;
+  std::int64_t most = -1;
+  for (int d = 0; d < shape.rank(); ++d) {
+    std::vector<std::int64_t> starts;
+    for (auto const& piece : pieces) starts.push_back(piece.box.origin[d]);
+    std::sort(starts.begin(), starts.end());
+    auto const distinct = static_cast<std::int64_t>(std::unique(starts.begin(), starts.end()) - starts.begin());
+    if (distinct > most) most = distinct, widest = d;
+  }
+  std::vector<StoredPiece const*> order;
+  for (auto const& piece : pieces)
+    if (!piece.box.empty()) order.push_back(&piece);
+  std::sort(order.begin(), order.end(), [&](auto const* a, auto const* b) { return a->box.origin[widest] < b->box.origin[widest]; });
+  std::vector<StoredPiece const*> open;
+  for (auto const* piece : order) {
+    std::erase_if(open, [&](auto const* other) { return other->box.origin[widest] + other->box.shape[widest] <= piece->box.origin[widest]; });
+    Box common;
+    for (auto const* other : open)
+      if (intersect(piece->box, other->box, common)) return true;
+    open.push_back(piece);
+  }
+  return false;
+}
+}  // namespace detail
+
+/// Puts the tensors of all files together. A tensor's global shape is the smallest that contains its pieces, which is all that
+/// formats of pieces say.
+///
+/// Rules     pieces of one tensor agree in dtype and rank, and cover it; of equal pieces the one in the lowest file name counts and
+///           the others are listed; pieces that overlap otherwise are all kept, to be compared when read
+/// Throws    Error(dtype_mismatch, bad_schema, incomplete, duplicate_entry), all problems of all tensors listed
+inline Catalog assemble(std::vector<FoundFile> found) {
+  std::sort(found.begin(), found.end(), [](FoundFile const& a, FoundFile const& b) { return a.path < b.path; });
+  struct Reference {
+    FoundTensor const* tensor;
+    std::uint32_t file;
+  };
+  Catalog catalog;
+  std::vector<Reference> all;
+  for (std::uint32_t f = 0; f < found.size(); ++f) {
+    catalog.files.push_back({found[f].path, found[f].size});
+    for (auto const& tensor : found[f].tensors) all.push_back({&tensor, f});
+    catalog.ties.insert(catalog.ties.end(), found[f].ties.begin(), found[f].ties.end());
+  }
+  std::stable_sort(all.begin(), all.end(), [](Reference const& a, Reference const& b) { return a.tensor->name < b.tensor->name; });
+  std::sort(catalog.ties.begin(), catalog.ties.end());
+  catalog.ties.erase(std::unique(catalog.ties.begin(), catalog.ties.end()), catalog.ties.end());
+  Problems problems;
+  auto const where = [&](Reference const& r) { return found[r.file].path; };
+  for (std::size_t i = 0; i < all.size();) {
+    FoundTensor const& first = *all[i].tensor;
+    CatalogTensor tensor{first.name, first.dtype, Extents::filled(first.shape.rank(), 0), {}};
+    bool usable = true;
+    std::size_t next = i;
+    for (; next < all.size() && all[next].tensor->name == first.name; ++next) {
+      FoundTensor const& piece = *all[next].tensor;
+      if (piece.dtype != first.dtype) {
+        problems.add(ErrorCode::index_mismatch, first.name + ": " + std::string{to_string(first.dtype)} + " in " + where(all[i]) + " and " + std::string{to_string(piece.dtype)} + " in " + where(all[next]));
+        usable = false;
+      } else if (piece.shape.rank() != first.shape.rank()) {
+        problems.add(ErrorCode::index_mismatch, first.name + ": shape " + to_string(first.shape) + " in " + where(all[i]) + " and " + to_string(piece.shape) + " in " + where(all[next]));
+        usable = false;
+      } else if (next > i && !found[all[next].file].pieces && !found[all[i].file].pieces) {
+        problems.add(ErrorCode::index_mismatch, first.name + ": stored whole in " + where(all[i]) + " and in " + where(all[next]));
+        usable = false;
+      } else {
+        for (int d = 0; d < piece.shape.rank(); ++d) {
+          std::uint64_t end = 0;
+          if (!checked_add(static_cast<std::uint64_t>(piece.origin[d]), static_cast<std::uint64_t>(piece.shape[d]), end) || end > INT64_MAX) {
+            problems.add(ErrorCode::overflow, first.name + ": a piece of " + std::to_string(piece.shape[d]) + " at " + std::to_string(piece.origin[d]) + " in " + where(all[next]));
+            usable = false;
+          } else {
+            tensor.shape[d] = std::max(tensor.shape[d], static_cast<std::int64_t>(end));
+          }
+        }
+        Box const box{piece.origin, piece.shape};
+        auto const same = std::find_if(tensor.pieces.begin(), tensor.pieces.end(), [&](StoredPiece const& p) { return p.box == box; });
+        // An empty piece holds nothing, so it may stand twice.
+        if (same == tensor.pieces.end()) tensor.pieces.push_back({all[next].file, piece.offset, box});
+        else if (!box.empty()) catalog.duplicates.push_back(first.name + " " + to_string(box) + ": in " + catalog.files[same->file].path + " (used) and in " + where(all[next]));
+      }
+    }
+    if (usable && next - i > 1 && !tensor.pieces.empty()) {
+      std::erase_if(tensor.pieces, [&](StoredPiece const& p) { return p.box.empty() && tensor.pieces.size() > 1; });
+      std::int64_t const volume = tensor.shape.elements();
+      std::int64_t stored = 0;
+      if (!detail::any_overlap(tensor.pieces, tensor.shape)) {
+        for (auto const& piece : tensor.pieces) stored += piece.box.shape.elements();
+      } else {
+        std::vector<Box> missing{Box::whole(tensor.shape)}, rest;
+        for (auto const& piece : tensor.pieces) {
+          rest.clear();
+          for (auto const& box : missing) detail::subtract(box, piece.box, rest);
+          std::swap(missing, rest);
+        }
+        stored = volume;
+        for (auto const& box : missing) stored -= box.shape.elements();
+      }
+      if (stored != volume) problems.add(ErrorCode::incomplete, first.name + ": its pieces hold " + std::to_string(stored) + " of the " + std::to_string(volume) + " elements of " + to_string(tensor.shape));
+    } else if (usable && next - i == 1 && !tensor.pieces.empty() && tensor.pieces[0].box.shape.elements() != tensor.shape.elements()) {
+      problems.add(ErrorCode::incomplete, first.name + ": its only piece is " + to_string(tensor.pieces[0].box) + " of " + to_string(tensor.shape));
+    }
+    if (usable) catalog.tensors.push_back(std::move(tensor));
+    i = next;
+  }
+  problems.raise();
+  return catalog;
+}
+
+}  // namespace dcp

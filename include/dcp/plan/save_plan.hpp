@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// Which rank writes which bytes of which file, so that each aligned block of a file is written by exactly one rank.
+//
+// Tensors in a file are aligned only to their element, so nearly every run of a rank ends inside a block that another rank also
+// has bytes of. Two ranks that wrote that block (directly, or from two clients of a network file system) would read, change and
+// write it as a whole, and one would lose. Hence owners, a pure function of the position that every rank evaluates for itself:
+//
+//   - a file of one rank (sharded layout) is owned by that rank;
+//   - where a tensor lies in long runs, a block is owned by the rank that writes its first byte. Only the block at the end of a
+//     run is shared, and only its fragments travel;
+//   - where it lies in short runs (split along an inner dimension, small tensors), fixed segments go around the ranks, and every
+//     rank sends its runs to the segment's owner: many short writes become a few long ones;
+//   - in jobs of more ranks than may open one file, segments go around that many ranks.
+
+#include <dcp/plan/shares.hpp>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace dcp {
+
+/// Bytes of a file that are no tensor data: headers.
+struct Literal {
+  std::uint64_t offset;
+  Bytes bytes;
+};
+struct PlannedFile {
+  std::string path;                  // relative to the checkpoint, '/' between components
+  std::uint64_t size = 0;
+  std::vector<Literal> literals;
+  std::int64_t only_rank = -1;       // the rank that alone writes it, or -1
+};
+/// A box of a tensor, stored densely at `offset` of a file.
+struct StoredBox {
+  std::uint32_t tensor;   // index into the tensors planned
+  std::uint32_t file;
+  std::uint64_t offset;
+  Box box;
+};
+/// What a format makes of a list of tensors: pure, and equal on all ranks for files that ranks share. A file of one rank is listed
+/// on that rank only.
+struct FilePlan {
+  std::vector<PlannedFile> files;
+  std::vector<StoredBox> stored;                               // sorted by (file, offset)
+  std::vector<std::pair<std::string, Bytes>> commit_files;     // small files that are written at the commit, by one rank
+};
+
+/// [begin, end) of a file, in bytes.
+struct FileRange {
+  std::uint64_t begin, end;
+  std::uint64_t size() const { return end - begin; }
+};
+
+class SavePlan {
+ public:
+  static constexpr std::uint64_t long_run_bytes = 64 << 10;       // a run that is worth a write of its own
+  static constexpr std::uint64_t segment_bytes = 1 << 20;         // of short runs
+  static constexpr std::uint64_t forwarded_bytes = 8 << 20;       // segments where most ranks forward their data
+
+  struct Options {
+    std::uint64_t block_bytes = 4096;
+    std::int64_t writers_per_file = 16;
+  };
+  /// A run of this rank's data in a window, and the rank that writes it.
+  struct Part {
+    std::uint32_t transfer;
+    std::int64_t owner;
+    FileRange range;
+  };
+  struct Window {
+    std::vector<Part> outgoing;        // to other ranks
+    std::vector<FileRange> direct;     // blocks that this rank owns and has all bytes of
+    std::vector<FileRange> gathered;   // blocks that this rank owns and lacks bytes of
+  };
+
+  /// `transfers`: what `rank` holds of the stored boxes (its shares), in any order.
+  SavePlan(std::vector<TensorSpec> const& tensors, Shares const& shares, FilePlan const& files, std::vector<Transfer> transfers, std::int64_t rank, std::int64_t ranks, Options options)
+      : tensors_{tensors}, shares_{shares}, files_{files}, transfers_{std::move(transfers)}, rank_{rank}, ranks_{ranks}, options_{options} {
+    for (std::uint32_t f = 0; f < files.files.size(); ++f) {
+      PlannedFile const& file = files.files[f];
+      if (header_writer(f) != rank) continue;
+      for (auto const& literal : file.literals) {
+        if (literal.bytes.empty()) continue;
+        Transfer transfer;
+        transfer.file = f;
+        transfer.dtype = transfer.memory_dtype = DType::u8;
+        transfer.offset = literal.offset;
+        transfer.shape = Extents{static_cast<std::int64_t>(literal.bytes.size())};
+        transfer.file_strides = transfer.memory.strides = Extents{1};
+        transfer.memory.data = const_cast<std::byte*>(literal.bytes.data());   // only ever read
+        transfer.end = static_cast<std::int64_t>(literal.bytes.size());
+        transfers_.push_back(transfer);
+      }
+    }
+    std::erase_if(transfers_, [](Transfer const& t) { return t.begin == t.end; });
+    std::sort(transfers_.begin(), transfers_.end(), [](Transfer const& a, Transfer const& b) { return a.file != b.file ? a.file < b.file : a.file_begin() < b.file_begin(); });
+    extent_.reserve(transfers_.size());
+    // Interleaved tensors do not occur (each stored box is dense), but two pieces of one box may interleave, so ends are running maxima.
+    for (std::size_t i = 0; i < transfers_.size(); ++i) {
+      bool const follows = i > 0 && transfers_[i - 1].file == transfers_[i].file;
+      extent_.push_back({transfers_[i].file_begin(), follows ? std::max(extent_.back().end, transfers_[i].file_end()) : transfers_[i].file_end()});
+    }
+    in_long_runs_.resize(files.stored.size());
+    for (std::size_t s = 0; s < files.stored.size(); ++s) in_long_runs_[s] = lies_in_long_runs(files.stored[s]);
+  }
+
+  std::vector<Transfer> const& transfers() const { return transfers_; }
+  std::vector<PlannedFile> const& files() const { return files_.files; }
+
+  /// The rank that writes the block with `position` of file `file`.
+  std::int64_t owner_of(std::uint32_t file, std::uint64_t position) const {
+    if (files_.files[file].only_rank >= 0) return files_.files[file].only_rank;
+    position = round_down(position, options_.block_bytes);
+    auto const s = stored_at(file, position);
+    if (s == no_box) return header_writer(file);
+    if (!in_long_runs_[s]) return segment_owner(file, position);
+    StoredBox const& stored = files_.stored[s];
+    TensorSpec const& tensor = tensors_[stored.tensor];
+    std::int64_t element = static_cast<std::int64_t>((position - stored.offset) * 8 / static_cast<std::uint64_t>(bits_of(tensor.dtype)));
+    Extents index = stored.box.shape;
+    for (int d = index.rank(); d-- > 0;) {
+      index[d] = stored.box.origin[d] + element % stored.box.shape[d];
+      element /= stored.box.shape[d];
+    }
+    return shares_.writer_of(stored.tensor, index);
+  }
+
+  /// What this rank does in [begin, end) of a file: both multiples of the block size, or the end of the file.
+  Window window(std::uint32_t file, std::uint64_t begin, std::uint64_t end) const {
+    Window result;
+    std::vector<FileRange> covered, owned;
+    std::uint64_t const size = files_.files[file].size, block = options_.block_bytes;
+    for_each_local_run(file, begin, end, [&](std::uint32_t transfer, FileRange run) {
+      if (!covered.empty() && covered.back().end == run.begin) covered.back().end = run.end;
+      else covered.push_back(run);
+      for (std::uint64_t at = run.begin; at < run.end;) {
+        std::uint64_t const owner_end = std::min(run.end, end_of_same_owner(file, at, run));
+        std::int64_t const owner = owner_of(file, at);
+        if (owner != rank_) result.outgoing.push_back({transfer, owner, {at, owner_end}});
+        else add_range(owned, {round_down(at, block), std::min(size, round_up(owner_end, block))});
+        at = owner_end;
+      }
+    });
+    // Segments of short runs are owned whether this rank has bytes in them or not, and so is the block with the end of the header.
+    if (files_.files[file].only_rank < 0) {
+      for (std::size_t s = first_stored(file, begin); s < files_.stored.size() && files_.stored[s].file == file && files_.stored[s].offset < end; ++s)
+        if (!in_long_runs_[s]) own_segments(file, stored_range(s), begin, end, owned);
+    }
+    std::sort(covered.begin(), covered.end(), [](auto const& a, auto const& b) { return a.begin < b.begin; });
+    std::sort(owned.begin(), owned.end(), [](auto const& a, auto const& b) { return a.begin < b.begin; });
+    owned = merged(owned);
+    // Whole blocks that this rank has all bytes of.
+    std::vector<FileRange> whole;
+    for (auto const& range : merged(covered)) {
+      FileRange const inner{round_up(range.begin, block), range.end == size ? size : round_down(range.end, block)};
+      if (inner.begin < inner.end) whole.push_back(inner);
+    }
+    for (auto const& range : owned) {
+      std::uint64_t at = range.begin;
+      auto next = std::lower_bound(whole.begin(), whole.end(), at, [](FileRange const& r, std::uint64_t p) { return r.end <= p; });
+      for (; next != whole.end() && next->begin < range.end; ++next) {
+        FileRange const common{std::max(at, next->begin), std::min(range.end, next->end)};
+        if (common.begin >= common.end) continue;
+        if (at < common.begin) result.gathered.push_back({at, common.begin});
+        result.direct.push_back(common);
+        at = common.end;
+      }
+      if (at < range.end) result.gathered.push_back({at, range.end});
+    }
+    return result;
+  }
+
+  /// Calls visit(index of the transfer, range) for this rank's runs in [begin, end) of a file. Runs of different transfers may interleave.
+  template <class Visit>
+  void for_each_local_run(std::uint32_t file, std::uint64_t begin, std::uint64_t end, Visit visit) const {
+    for_each_local_transfer(file, begin, end, [&](std::uint32_t t, std::int64_t from, std::int64_t to) {
+      transfers_[t].for_each_file_run(from, to, [&](std::uint64_t at, std::uint64_t bytes) {
+        FileRange const run{std::max(at, begin), std::min(at + bytes, end)};
+        if (run.begin < run.end) visit(t, run);
+      });
+    });
+  }
+
+  /// Copies what this rank holds of [begin, end) of a file to `out`. Returns the number of bytes.
+  ///
+  /// Pre       no transfer has an element that `begin` or `end` cuts; block and segment boundaries cut elements only of odd sizes
+  ///           at odd places, which are copied byte by byte
+  std::uint64_t gather(std::uint32_t file, std::uint64_t begin, std::uint64_t end, std::byte* out) const {
+    std::uint64_t total = 0;
+    for_each_local_transfer(file, begin, end, [&](std::uint32_t t, std::int64_t from, std::int64_t to) { total += gather_from(t, from, to, {begin, end}, out); });
+    return total;
+  }
+  std::uint64_t gather_transfer(std::uint32_t t, FileRange range, std::byte* out) const {
+    auto const& transfer = transfers_[t];
+    return gather_from(t, element_at_or_before(transfer, range.begin), transfer.elements_before(range.end), range, out);
+  }
+
+ private:
+  static constexpr std::size_t no_box = static_cast<std::size_t>(-1);
+
+  // Elements that overlap a window: elements_before counts an element that the position cuts as before, so step back over it.
+  static std::int64_t element_at_or_before(Transfer const& transfer, std::uint64_t position) {
+    std::int64_t const element = transfer.elements_before(position);
+    if (element <= transfer.begin || element > transfer.end) return element;
+    std::uint64_t const previous_end = transfer.position_of(element - 1) + std::max<std::uint64_t>(1, static_cast<std::uint64_t>(bits_of(transfer.dtype)) / 8);
+    return previous_end > position && bits_of(transfer.dtype) >= 8 ? element - 1 : element;
+  }
+  std::uint64_t gather_from(std::uint32_t t, std::int64_t from, std::int64_t to, FileRange range, std::byte* out) const {
+    std::uint64_t total = 0;
+    transfers_[t].for_each_run(from, to, [&](std::uint64_t at, std::byte const* memory, std::size_t bytes) {
+      std::uint64_t const lo = std::max(at, range.begin), hi = std::min(at + bytes, range.end);
+      if (lo >= hi) return;
+      std::memcpy(out + (lo - range.begin), memory + (lo - at), static_cast<std::size_t>(hi - lo));
+      total += hi - lo;
+    });
+    return total;
+  }
+  template <class Visit>
+  void for_each_local_transfer(std::uint32_t file, std::uint64_t begin, std::uint64_t end, Visit visit) const {
+    auto first = std::partition_point(transfers_.begin(), transfers_.end(), [&](Transfer const& t) {
+      if (t.file != file) return t.file < file;
+      return extent_[static_cast<std::size_t>(&t - transfers_.data())].end <= begin;
+    });
+    for (auto at = static_cast<std::size_t>(first - transfers_.begin()); at < transfers_.size() && transfers_[at].file == file && extent_[at].begin < end; ++at) {
+      Transfer const& transfer = transfers_[at];
+      std::int64_t const from = element_at_or_before(transfer, begin), to = transfer.elements_before(end);
+      if (from < to) visit(static_cast<std::uint32_t>(at), from, to);
+    }
+  }
+
+  static void add_range(std::vector<FileRange>& list, FileRange range) {
+    if (!list.empty() && list.back().end >= range.begin && list.back().begin <= range.begin) list.back().end = std::max(list.back().end, range.end);
+    else list.push_back(range);
+  }
+  static std::vector<FileRange> merged(std::vector<FileRange> const& sorted) {
+    std::vector<FileRange> result;
+    for (auto const& range : sorted) add_range(result, range);
+    return result;
+  }
+
+  FileRange stored_range(std::size_t s) const {
+    StoredBox const& stored = files_.stored[s];
+    return {stored.offset, stored.offset + bytes_of(tensors_[stored.tensor].dtype, static_cast<std::int64_t>(stored.box.size()))};
+  }
+  // The first stored box of the file whose bytes reach beyond `position`.
+  std::size_t first_stored(std::uint32_t file, std::uint64_t position) const {
+    auto const at = std::partition_point(files_.stored.begin(), files_.stored.end(), [&](StoredBox const& s) {
+      if (s.file != file) return s.file < file;
+      return s.offset + bytes_of(tensors_[s.tensor].dtype, static_cast<std::int64_t>(s.box.size())) <= position;
+    });
+    return static_cast<std::size_t>(at - files_.stored.begin());
+  }
+  // The stored box that holds the byte at `position`; no_box in front of the first.
+  std::size_t stored_at(std::uint32_t file, std::uint64_t position) const {
+    std::size_t const s = first_stored(file, position);
+    if (s == files_.stored.size() || files_.stored[s].file != file || files_.stored[s].offset > position) return no_box;
+    return s;
+  }
+
+  bool lies_in_long_runs(StoredBox const& stored) const {
+    if (ranks_ > options_.writers_per_file) return false;
+    if (ranks_ == 1) return true;
+    TensorSpec const& tensor = tensors_[stored.tensor];
+    Box const cell = box_at(tensor.layout, MeshGeometry::Coordinate{});
+    Extents const strides = row_major_strides(stored.box.shape);
+    std::int64_t run = 1;
+    for (int d = cell.rank(); d-- > 0 && (cell.shape[d] == 1 || strides[d] == run);) run *= cell.shape[d];
+    return bytes_of(tensor.dtype, run) >= long_run_bytes;
+  }
+
+  std::int64_t writers(std::uint32_t) const { return std::min(ranks_, std::max<std::int64_t>(1, options_.writers_per_file)); }
+  std::int64_t header_writer(std::uint32_t file) const {
+    PlannedFile const& planned = files_.files[file];
+    return planned.only_rank >= 0 ? planned.only_rank : static_cast<std::int64_t>(file) % ranks_;
+  }
+  std::uint64_t segment_size() const { return std::max(options_.block_bytes, ranks_ > options_.writers_per_file ? forwarded_bytes : segment_bytes); }
+  std::int64_t segment_owner(std::uint32_t file, std::uint64_t position) const {
+    std::int64_t const count = writers(file), segment = static_cast<std::int64_t>(position / segment_size()) % count;
+    return (segment * ranks_ / count + static_cast<std::int64_t>(file)) % ranks_;
+  }
+  // How far from `at` the owner cannot change, within a run of this rank.
+  std::uint64_t end_of_same_owner(std::uint32_t file, std::uint64_t at, FileRange run) const {
+    if (files_.files[file].only_rank >= 0) return run.end;
+    std::uint64_t const block = options_.block_bytes, block_begin = round_down(at, block);
+    if (block_begin < run.begin || block_begin != at) return block_begin + block;   // the block starts with somebody else's byte, perhaps
+    auto const s = stored_at(file, at);
+    if (s == no_box) return run.end;                                                // this rank's header
+    if (in_long_runs_[s]) return std::min(run.end, std::max(at + block, stored_range(s).end));
+    std::uint64_t const segment = segment_size();
+    return std::min(round_down(at, segment) + segment, std::max(at + block, round_up(stored_range(s).end, block)));
+  }
+  // The blocks that begin inside a stored box of short runs belong to the owners of its segments.
+  void own_segments(std::uint32_t file, FileRange stored, std::uint64_t begin, std::uint64_t end, std::vector<FileRange>& owned) const {
+    std::uint64_t const block = options_.block_bytes, segment = segment_size(), size = files_.files[file].size;
+    std::uint64_t const from = std::max(begin, round_up(stored.begin, block)), to = std::min(end, round_up(stored.end, block));
+    for (std::uint64_t at = from; at < to;) {
+      std::uint64_t const next = std::min(to, round_down(at, segment) + segment);
+      if (segment_owner(file, at) == rank_ && at < size) owned.push_back({at, std::min(size, next)});
+      at = next;
+    }
+  }
+
+  std::vector<TensorSpec> const& tensors_;
+  Shares const& shares_;
+  FilePlan const& files_;
+  std::vector<Transfer> transfers_;
+  std::vector<FileRange> extent_;      // of each transfer; end is the running maximum in its file
+  std::vector<bool> in_long_runs_;
+  std::int64_t rank_, ranks_;
+  Options options_;
+};
+
+}  // namespace dcp

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// What a state consists of, without its data: the part that ranks agree on before anything is read or written.
+
+#include <dcp/base/checksum.hpp>
+#include <dcp/core/state_dict.hpp>
+#include <dcp/plan/shares.hpp>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace dcp {
+
+/// Several problems as one error: the code of the first, all of the sentences.
+class Problems {
+ public:
+  void add(ErrorCode code, std::string sentence) {
+    if (count_++ == 0) code_ = code;
+    if (count_ <= most_listed) text_ += (text_.empty() ? "" : "\n  also      ") + std::move(sentence);
+  }
+  void hint(std::string text) {
+    if (hint_.empty()) hint_ = std::move(text);
+  }
+  bool empty() const { return count_ == 0; }
+  void raise() const {
+    if (count_ == 0) return;
+    Error error{code_, count_ <= most_listed ? text_ : text_ + "\n  also      " + std::to_string(count_ - most_listed) + " more"};
+    if (!hint_.empty()) error.with_hint(hint_);
+    throw error;
+  }
+
+ private:
+  static constexpr std::size_t most_listed = 1000;
+  ErrorCode code_{};
+  std::size_t count_ = 0;
+  std::string text_, hint_;
+};
+
+/// One entry of a state, as every rank that lists it describes it.
+struct SchemaEntry {
+  std::string name;
+  bool is_tensor = true;
+  DType dtype{};                 // of a tensor, or of a number or array
+  Layout layout;                 // of a tensor
+  ValueKind value_kind{};        // of a value
+  bool per_rank = false;         // of a value
+  std::uint64_t value_crc = 0;   // of a value that is no per-rank one: all ranks must hold the same
+  std::int64_t first_rank = 0;   // the lowest rank that lists the entry
+};
+
+/// `dropped` is stored as `kept`.
+struct Tie {
+  std::string dropped, kept;
+  friend bool operator==(Tie const&, Tie const&) = default;
+  friend auto operator<=>(Tie const&, Tie const&) = default;
+};
+
+struct Schema {
+  std::vector<SchemaEntry> entries;   // sorted by name
+  std::vector<Tie> ties;              // sorted
+
+  SchemaEntry const* find(std::string_view name) const {
+    auto const at = std::lower_bound(entries.begin(), entries.end(), name, [](SchemaEntry const& e, std::string_view n) { return e.name < n; });
+    return at != entries.end() && at->name == name ? &*at : nullptr;
+  }
+};
+
+namespace detail {
+inline void encode_layout(ByteWriter& out, Layout const& layout) {
+  out.number(layout.shape.rank());
+  for (int d = 0; d < layout.shape.rank(); ++d) out.number(layout.shape[d]).number(layout.split_shape[d]);
+  out.number(layout.everywhere).number(layout.mesh.axes).number(layout.mesh.world).number(layout.mesh.base);
+  for (std::size_t a = 0; a < static_cast<std::size_t>(layout.mesh.axes); ++a)
+    out.number(layout.mesh.extents[a]).number(layout.mesh.strides[a]).number(layout.rules[a].kind).number(layout.rules[a].dim).number(layout.rules[a].step);
+}
+inline Layout decode_layout(ByteReader& in) {
+  Layout layout;
+  int const rank = std::clamp(in.number<int>(), 0, max_rank);
+  layout.shape = layout.split_shape = Extents::filled(rank, 0);
+  for (int d = 0; d < rank; ++d) layout.shape[d] = in.number<std::int64_t>(), layout.split_shape[d] = in.number<std::int64_t>();
+  layout.everywhere = in.number<bool>();
+  layout.mesh.axes = std::clamp(in.number<int>(), 0, max_axes);
+  layout.mesh.world = in.number<std::int64_t>(), layout.mesh.base = in.number<std::int64_t>();
+  for (std::size_t a = 0; a < static_cast<std::size_t>(layout.mesh.axes); ++a) {
+    layout.mesh.extents[a] = in.number<std::int64_t>(), layout.mesh.strides[a] = in.number<std::int64_t>();
+    layout.rules[a].kind = in.number<RuleKind>(), layout.rules[a].dim = in.number<int>(), layout.rules[a].step = in.number<int>();
+  }
+  return layout;
+}
+}  // namespace detail
+
+inline Bytes encode(Schema const& schema) {
+  ByteWriter out;
+  out.number<std::uint64_t>(schema.entries.size());
+  for (auto const& entry : schema.entries) {
+    out.text(entry.name).number(entry.is_tensor).number(entry.dtype).number(entry.value_kind).number(entry.per_rank).number(entry.value_crc);
+    if (entry.is_tensor) detail::encode_layout(out, entry.layout);
+  }
+  out.number<std::uint64_t>(schema.ties.size());
+  for (auto const& tie : schema.ties) out.text(tie.dropped).text(tie.kept);
+  return out.take();
+}
+inline Schema decode_schema(ConstByteSpan bytes) {
+  ByteReader in{bytes};
+  Schema schema;
+  for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
+    SchemaEntry& entry = schema.entries.emplace_back();
+    entry.name = in.text(), entry.is_tensor = in.number<bool>(), entry.dtype = in.number<DType>(), entry.value_kind = in.number<ValueKind>();
+    entry.per_rank = in.number<bool>(), entry.value_crc = in.number<std::uint64_t>();
+    if (entry.is_tensor) entry.layout = detail::decode_layout(in);
+  }
+  for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
+    Tie& tie = schema.ties.emplace_back();
+    tie.dropped = in.text(), tie.kept = in.text();
+  }
+  return schema;
+}
+
+/// What ranks compare: equal digests, equal names, dtypes, shapes and layouts. The values' contents stay out; they have their own.
+inline std::uint64_t schema_digest(Schema schema) {
+  for (auto& entry : schema.entries) entry.value_crc = 0;
+  schema.ties.clear();
+  return crc64(encode(schema));
+}
+inline std::uint64_t values_digest(Schema const& schema) {
+  ByteWriter out;
+  for (auto const& entry : schema.entries)
+    if (!entry.is_tensor && !entry.per_rank) out.number(entry.value_crc);
+  return crc64(out.bytes());
+}
+
+/// The CRC by which ranks compare a value.
+inline std::uint64_t value_crc(Value const& value) { return crc64(as_byte_span(to_json(value))) ^ static_cast<std::uint64_t>(value.dtype); }
+
+/// Entries of `state` sorted by name, as indices into state.entries(). Throws Error(duplicate_entry), listing all names that come twice.
+inline std::vector<std::size_t> sorted_entries(StateDict const& state) {
+  auto const& entries = state.entries();
+  std::vector<std::size_t> order(entries.size());
+  for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
+  std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return entries[a].name < entries[b].name; });
+  Problems problems;
+  for (std::size_t i = 1; i < order.size(); ++i)
+    if (entries[order[i]].name == entries[order[i - 1]].name) problems.add(ErrorCode::duplicate_entry, entries[order[i]].name + ": the state has two entries of this name");
+  problems.raise();
+  return order;
+}
+
+/// The schema of this rank's state, without ties found in memory. `with_values`: also the CRCs of values.
+inline Schema local_schema(StateDict const& state, bool with_values) {
+  Schema schema;
+  for (auto const i : sorted_entries(state)) {
+    StateEntry const& from = state.entries()[i];
+    if (from.kind == StateEntry::Kind::tie) {
+      schema.ties.push_back({from.name, from.tie.kept});
+      continue;
+    }
+    SchemaEntry& entry = schema.entries.emplace_back();
+    entry.name = from.name;
+    if (from.tensor) {
+      entry.dtype = from.tensor->dtype;
+      entry.layout = from.tensor->layout;
+    } else {
+      entry.is_tensor = false;
+      entry.value_kind = from.value.ops->kind;
+      entry.dtype = from.value.ops->dtype;
+      entry.per_rank = from.value.per_rank;
+      if (with_values && !entry.per_rank) entry.value_crc = value_crc(from.value.ops->encode(from.value.object));
+    }
+  }
+  return schema;
+}
+
+/// The schemas of all distinct kinds of rank as one. `parts[i]` comes from rank `first_rank[i]`, the lowest of its kind.
+///
+/// Throws    Error(ranks_disagree) listing every entry that two kinds describe differently, with a rank of each;
+///           Error(invalid_argument) for a tensor whose mesh was made for another number of ranks
+inline Schema merge_schemas(std::vector<Schema> parts, std::vector<std::int64_t> const& first_rank, std::int64_t ranks) {
+  Schema all;
+  for (std::size_t p = 0; p < parts.size(); ++p) {
+    for (auto& entry : parts[p].entries) {
+      entry.first_rank = first_rank[p];
+      all.entries.push_back(std::move(entry));
+    }
+    all.ties.insert(all.ties.end(), parts[p].ties.begin(), parts[p].ties.end());
+  }
+  std::stable_sort(all.entries.begin(), all.entries.end(),
+                   [](SchemaEntry const& a, SchemaEntry const& b) { return a.name != b.name ? a.name < b.name : a.first_rank < b.first_rank; });
+  std::sort(all.ties.begin(), all.ties.end());
+  all.ties.erase(std::unique(all.ties.begin(), all.ties.end()), all.ties.end());
+  Problems problems;
+  auto const both = [](SchemaEntry const& a, SchemaEntry const& b) { return " on rank " + std::to_string(a.first_rank) + " and on rank " + std::to_string(b.first_rank); };
+  std::vector<SchemaEntry> merged;
+  for (std::size_t i = 0; i < all.entries.size();) {
+    SchemaEntry entry = all.entries[i];
+    std::size_t same = i + 1;
+    for (; same < all.entries.size() && all.entries[same].name == entry.name; ++same) {
+      SchemaEntry const& other = all.entries[same];
+      if (entry.is_tensor != other.is_tensor) problems.add(ErrorCode::ranks_disagree, entry.name + ": a tensor and a value of the same name," + both(entry, other));
+      else if (!entry.is_tensor && (entry.value_kind != other.value_kind || entry.dtype != other.dtype || entry.per_rank != other.per_rank))
+        problems.add(ErrorCode::ranks_disagree, entry.name + ": values of different types," + both(entry, other));
+      else if (!entry.is_tensor && entry.value_crc != other.value_crc) problems.add(ErrorCode::ranks_disagree, entry.name + ": different values" + both(entry, other) + "; declare it per_rank, or make it equal");
+      else if (entry.is_tensor && entry.dtype != other.dtype) problems.add(ErrorCode::ranks_disagree, entry.name + ": different dtypes" + both(entry, other));
+      else if (entry.is_tensor && !(entry.layout.shape == other.layout.shape))
+        problems.add(ErrorCode::ranks_disagree, entry.name + ": shape " + to_string(entry.layout.shape) + " and shape " + to_string(other.layout.shape) + both(entry, other));
+      else if (entry.is_tensor && !(entry.layout == other.layout))
+        problems.add(ErrorCode::ranks_disagree, entry.name + ": tensors on different meshes or placements have the same name" + both(entry, other) + "; give each its own name");
+    }
+    if (entry.is_tensor) {
+      Layout& layout = entry.layout;
+      // A plain tensor that every kind of rank lists is replicated over all of them; otherwise its first rank stands for it.
+      if (layout.everywhere) layout = same - i == parts.size() ? replicated_layout(layout.shape, ranks) : single_rank_layout(layout.shape, entry.first_rank, ranks);
+      else if (layout.mesh.world != ranks)
+        problems.add(ErrorCode::invalid_argument, entry.name + ": its mesh was made for a communicator of " + std::to_string(layout.mesh.world) + " ranks, and this one has " + std::to_string(ranks));
+    } else if (entry.per_rank && same - i != parts.size()) {
+      problems.add(ErrorCode::ranks_disagree, entry.name + ": a per-rank value must be listed by every rank, and rank " + std::to_string(entry.first_rank) + " lists it while others do not");
+    }
+    merged.push_back(std::move(entry));
+    i = same;
+  }
+  problems.raise();
+  all.entries = std::move(merged);
+  return all;
+}
+
+}  // namespace dcp
