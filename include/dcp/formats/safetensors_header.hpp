@@ -1,0 +1,329 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// The header of a safetensors file: which tensor lies where. Bytes to structs and back; files are somebody else's.
+//
+//   offset 0      8 bytes   N, little-endian
+//   offset 8      N bytes   one JSON object: "name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, and texts in "__metadata__"
+//   offset 8 + N            the tensors back to back, from offset 0 of this section to the end of the file
+//
+// The reader refuses what the reference parser refuses, in the same order of rules, and what two parsers would read differently.
+// The writer gives the bytes of the reference writer, whose order keeps every tensor aligned to its element.
+// Source    safetensors crate 0.8 (README, "Format"; its parser's behaviour)
+
+#include <dcp/base/bytes.hpp>
+#include <dcp/base/error.hpp>
+#include <dcp/base/text.hpp>
+#include <dcp/core/dtype.hpp>
+#include <dcp/core/shape.hpp>
+#include <dcp/formats/safetensors_reader.hpp>
+#include <dcp/formats/strict_json.hpp>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace dcp::safetensors {
+
+/// The reference refuses longer headers, on reading and on writing.
+inline constexpr std::uint64_t max_header_bytes = 100'000'000;
+struct TensorInfo {
+  std::string name;
+  DType dtype = DType::u8;
+  Extents shape;
+  std::uint64_t begin = 0, end = 0;   // bytes, counted from the start of the data section
+
+  friend bool operator==(TensorInfo const&, TensorInfo const&) = default;
+};
+
+struct Header {
+  std::vector<TensorInfo> tensors;   // in the order of their bytes
+  Metadata metadata;
+  std::uint64_t data_begin = 8;      // where the data section starts in the file
+
+  std::optional<std::string_view> find_metadata(std::string_view key) const {
+    auto const found = std::lower_bound(metadata.begin(), metadata.end(), key, [](auto const& entry, std::string_view wanted) { return entry.first < wanted; });
+    if (found == metadata.end() || found->first != key) return std::nullopt;
+    return found->second;
+  }
+};
+
+namespace detail {
+
+/// Bytes of a tensor, computed as if its zero dimensions were ones, so that strides cannot overflow either.
+inline std::uint64_t checked_bytes(DType dtype, std::span<std::int64_t const> sizes) {
+  std::uint64_t bits = static_cast<std::uint64_t>(bits_of(dtype));
+  bool empty = false;
+  for (auto const size : sizes) {
+    if (size == 0) empty = true;
+    else if (!checked_multiply(bits, static_cast<std::uint64_t>(size), bits)) throw Error{ErrorCode::overflow, "the size of a tensor in bits does not fit into 64 bits"};
+  }
+  if (empty) return 0;
+  if (bits % 8 != 0) throw Error{ErrorCode::misaligned, "a tensor of " + std::to_string(bits) + " bits, which is no whole number of bytes"};
+  return bits / 8;
+}
+
+inline std::string_view foreign_format(ConstByteSpan first) {
+  std::string_view const text = as_text(first);
+  if (text.size() >= 2 && text[0] == '\x80' && text[1] >= 2 && text[1] <= 5) return "looks like a pickle (torch.save)";
+  if (text.starts_with("GGUF")) return "looks like a GGUF file";
+  if (text.starts_with("PK\x03\x04")) return "looks like a zip archive (torch.save)";
+  if (text.starts_with("version ")) return "looks like a git-lfs pointer; fetch the file itself with git lfs pull";
+  if (text.starts_with("<!") || text.starts_with("<h") || text.starts_with("<H")) return "looks like an HTML page; was the download refused?";
+  return {};
+}
+
+/// Rules 7 to 11 of the reference for one tensor; `cursor` is where the one before it ended.
+inline void check_span(std::string_view name, DType dtype, std::span<std::int64_t const> sizes, bool huge, std::uint64_t begin, std::uint64_t end, std::uint64_t cursor) {
+  auto const named = [&] { return tensor_called(name) + " at data offsets [" + std::to_string(begin) + ", " + std::to_string(end) + ")"; };
+  if (end < begin) throw Error{ErrorCode::bad_offsets, named() + " ends before it begins"};
+  if (begin > cursor) throw Error{ErrorCode::bad_offsets, named() + " leaves a hole after byte " + std::to_string(cursor)};
+  if (begin < cursor) throw Error{ErrorCode::bad_offsets, named() + " overlaps what ends at byte " + std::to_string(cursor)};
+  try {
+    if (huge) throw Error{ErrorCode::overflow, "a dimension of 2^63 or more"};
+    if (std::uint64_t const bytes = checked_bytes(dtype, sizes); bytes != end - begin)
+      throw Error{ErrorCode::size_mismatch, "shape and dtype make " + std::to_string(bytes) + " bytes, the offsets " + std::to_string(end - begin)};
+  } catch (Error const& error) {
+    throw Error{error.code(), named() + ": " + error.message()};
+  }
+}
+
+}  // namespace detail
+
+/// Bytes of a tensor in a file.
+///
+/// Throws    Error(overflow) if the bits of the tensor, zero dimensions left out, do not fit into 64 bits; Error(misaligned) if
+///           elements smaller than a byte do not fill whole bytes
+inline std::uint64_t tensor_bytes(DType dtype, Extents const& shape) { return detail::checked_bytes(dtype, {shape.begin(), shape.end()}); }
+
+/// N, the length of the header text of a file of `file_size` bytes that starts with `first8` (all there is, if the file is shorter).
+///
+/// Throws    Error(truncated), Error(limit), Error(bad_header_length), with a hint where the bytes are those of another format
+inline std::uint64_t header_bytes(ConstByteSpan first8, std::uint64_t file_size) {
+  auto const refused = [&](ErrorCode code, std::string const& problem) {
+    Error error{code, problem};
+    if (auto const hint = detail::foreign_format(first8); !hint.empty()) error.with_hint(std::string{hint});
+    return error.with_range(0, std::min<std::uint64_t>(8, file_size));
+  };
+  if (file_size < 8) throw refused(ErrorCode::truncated, "a file of " + std::to_string(file_size) + " bytes is too short for safetensors");
+  if (first8.size() < 8) throw Error{ErrorCode::invalid_argument, "header_bytes needs the first 8 bytes of the file"};
+  auto const n = load_little_endian<std::uint64_t>(first8.data());
+  if (n > max_header_bytes) throw refused(ErrorCode::limit, "the header claims " + std::to_string(n) + " bytes; at most 100000000 are allowed");
+  if (n > file_size - 8) throw refused(ErrorCode::bad_header_length, "the header claims " + std::to_string(n) + " bytes of a file of " + std::to_string(file_size));
+  return n;
+}
+
+/// The header text `json` (the header_bytes() bytes after the first 8) of a file of `file_size` bytes.
+///
+/// Throws    Error: bad_utf8, bad_json or limit for the text; bad_schema, duplicate_key, unsupported_dtype or limit (dimensions) for what
+///           it says; then, in the order of the bytes, bad_offsets, overflow, misaligned, size_mismatch; last truncated and trailing_data
+/// Memory    proportional to the text
+inline Header parse_header(ConstByteSpan json, std::uint64_t file_size, ParseOptions options = {}) {
+  if (json.size() > max_header_bytes) throw Error{ErrorCode::limit, "a header of " + std::to_string(json.size()) + " bytes; at most 100000000 are allowed"};
+  if (file_size < 8 || json.size() > file_size - 8) throw Error{ErrorCode::bad_header_length, "a header of " + std::to_string(json.size()) + " bytes in a file of " + std::to_string(file_size)};
+  detail::HeaderReader reader{options};
+  detail::read_json(json, "the header", 8, reader);
+  detail::settle_duplicates(reader, options.allow_duplicate_names);
+
+  Header header;
+  header.metadata = detail::settled_metadata(std::move(reader.metadata), options.allow_duplicate_names);
+  header.data_begin = 8 + json.size();
+  auto& tensors = reader.tensors;
+  auto const in_order = [](detail::RawTensor const& a, detail::RawTensor const& b) { return a.begin != b.begin ? a.begin < b.begin : a.end < b.end; };
+  if (!std::is_sorted(tensors.begin(), tensors.end(), in_order)) std::stable_sort(tensors.begin(), tensors.end(), in_order);
+  std::uint64_t cursor = 0;
+  for (auto const& tensor : tensors) {
+    detail::check_span(reader.name(tensor), tensor.dtype, reader.sizes(tensor), tensor.huge, tensor.begin, tensor.end, cursor);
+    cursor = tensor.end;
+  }
+  std::uint64_t const present = file_size - header.data_begin;
+  if (cursor > present) throw Error{ErrorCode::truncated, "the tensors end at data offset " + std::to_string(cursor) + ", but the file has " + std::to_string(present) + " bytes of data"};
+  if (cursor < present && !options.allow_trailing_bytes)
+    throw Error{ErrorCode::trailing_data, std::to_string(present - cursor) + " bytes after the last tensor"}.with_range(header.data_begin + cursor, file_size);
+
+  header.tensors.reserve(tensors.size());
+  for (auto const& tensor : tensors)
+    header.tensors.push_back({std::string{reader.name(tensor)}, tensor.dtype, Extents{reader.sizes(tensor)}, tensor.begin, tensor.end});
+  return header;
+}
+
+/// Puts `tensors` into the order of the reference writer (widest dtype first, then by name) and gives them their bytes, without gaps.
+///
+/// Throws    as tensor_bytes; Error(overflow) if the sum does not fit into 64 bits
+inline void assign_offsets(std::vector<TensorInfo>& tensors) {
+  std::vector<std::size_t> order(tensors.size());
+  for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+    return tensors[a].dtype != tensors[b].dtype ? tensors[a].dtype > tensors[b].dtype : tensors[a].name < tensors[b].name;
+  });
+  std::uint64_t cursor = 0;
+  std::vector<TensorInfo> sorted;
+  sorted.reserve(tensors.size());
+  for (auto const index : order) {
+    TensorInfo tensor = tensors[index];
+    tensor.begin = cursor;
+    if (!checked_add(cursor, tensor_bytes(tensor.dtype, tensor.shape), cursor)) throw Error{ErrorCode::overflow, "the tensors of one file make more than 2^64 bytes"};
+    tensor.end = cursor;
+    sorted.push_back(std::move(tensor));
+  }
+  tensors = std::move(sorted);
+}
+
+/// The first bytes of a file: length, JSON, and spaces up to the data section, which starts at a multiple of `data_alignment`.
+///
+/// tensors   in the order of their bytes, without gaps from 0, as assign_offsets leaves them
+/// Rule      byte for byte what the reference writes, metadata keys sorted (there their order is random); no metadata: no __metadata__
+/// Throws    Error: duplicate_key; bad_schema for a tensor called __metadata__; bad_utf8; bad_offsets, overflow, misaligned or
+///           size_mismatch for a wrong span; limit for a header over max_header_bytes; invalid_argument for an alignment that is no
+///           power of two from 8
+inline Bytes write_header(std::vector<TensorInfo> const& tensors, Metadata metadata = {}, std::uint64_t data_alignment = 8) {
+  if (data_alignment < 8 || !std::has_single_bit(data_alignment)) throw Error{ErrorCode::invalid_argument, "data_alignment must be a power of two from 8"};
+  auto const quoted = [](std::string_view text) {
+    if (first_invalid_utf8(text) != std::string_view::npos) throw Error{ErrorCode::bad_utf8, "a safetensors header holds UTF-8 only; this is not: " + detail::shown(text)};
+    return json_quoted(text);
+  };
+  auto const check_length = [](std::uint64_t bytes) {
+    if (bytes > max_header_bytes) throw Error{ErrorCode::limit, "the header would be longer than 100000000 bytes; put the tensors into several files"};
+  };
+
+  std::string text(8, '\0');
+  text += '{';
+  auto const separate = [&] {
+    if (text.back() != '{') text += ',';
+  };
+  if (!metadata.empty()) {
+    text += "\"__metadata__\":{";
+    for (auto const& [key, value] : detail::settled_metadata(std::move(metadata), false)) {
+      separate();
+      text += quoted(key) + ':' + quoted(value);
+    }
+    text += '}';
+  }
+  std::vector<std::string_view> names;
+  names.reserve(tensors.size());
+  std::uint64_t cursor = 0;
+  for (auto const& tensor : tensors) {
+    if (tensor.name == metadata_key) throw Error{ErrorCode::bad_schema, "no tensor of a safetensors file can be called __metadata__; rename it"};
+    detail::check_span(tensor.name, tensor.dtype, {tensor.shape.begin(), tensor.shape.end()}, false, tensor.begin, tensor.end, cursor);
+    cursor = tensor.end;
+    names.push_back(tensor.name);
+    separate();
+    text += quoted(tensor.name);
+    (text += ":{\"dtype\":\"").append(to_string(tensor.dtype)) += "\",\"shape\":[";
+    for (int d = 0; d < tensor.shape.rank(); ++d) (text += d > 0 ? "," : "") += std::to_string(tensor.shape[d]);
+    text += "],\"data_offsets\":[" + std::to_string(tensor.begin) + ',' + std::to_string(tensor.end) + "]}";
+    check_length(text.size() - 8);
+  }
+  text += '}';
+  std::sort(names.begin(), names.end());
+  if (auto const twice = std::adjacent_find(names.begin(), names.end()); twice != names.end()) throw Error{ErrorCode::duplicate_key, detail::tensor_called(*twice) + " would be in one file twice"};
+  check_length(text.size() - 8);
+  text.resize(static_cast<std::size_t>(round_up(text.size(), data_alignment)), ' ');
+  check_length(text.size() - 8);
+  ConstByteSpan const bytes = as_byte_span(text);
+  Bytes out(bytes.begin(), bytes.end());
+  std::uint64_t const n = text.size() - 8;
+  std::memcpy(out.data(), &n, sizeof n);
+  return out;
+}
+
+/// Where the local tensors of a file lie in the global ones: the text that PyTorch writes as metadata DCP_SHARDING_INFO.
+using ShardingInfo = std::map<std::string, std::vector<std::int64_t>, std::less<>>;
+inline constexpr std::string_view sharding_info_key = "DCP_SHARDING_INFO";
+
+namespace detail {
+
+class ShardingReader : public JsonReader<ShardingReader> {
+ public:
+  ShardingInfo info;
+
+  void on_key(std::string const& key) {
+    if (depth_ == 1) {
+      auto const [entry, fresh] = info.try_emplace(key);
+      if (!fresh) fault(ErrorCode::duplicate_key, "DCP_SHARDING_INFO has " + tensor_called(key) + " twice");
+      entry_ = &*entry;
+      has_offsets_ = false;
+    } else {
+      wanted_ = key == "saved_offsets";
+      if (wanted_ && has_offsets_) fault(ErrorCode::duplicate_key, "DCP_SHARDING_INFO has saved_offsets twice for " + tensor_called(entry_->first));
+    }
+  }
+  void on_open(bool object) {
+    if (depth_ == 2 && !wanted_) return skip();   // what later versions may add
+    if (object != (depth_ < 2) || depth_ > 2) return fault(ErrorCode::bad_schema, wrong());
+    if (depth_ == 2) has_offsets_ = true;
+    ++depth_;
+  }
+  void on_close() {
+    if (--depth_ == 1 && !has_offsets_) fault(ErrorCode::bad_schema, wrong());
+  }
+  void on_scalar(JsonScalar const& scalar) {
+    if (depth_ == 2 && !wanted_) return;
+    if (depth_ != 3 || scalar.kind != JsonKind::natural) return fault(ErrorCode::bad_schema, wrong());
+    if (scalar.natural > INT64_MAX) return fault(ErrorCode::overflow, "DCP_SHARDING_INFO has an offset of 2^63 or more for " + tensor_called(entry_->first));
+    if (entry_->second.size() == max_rank) return fault(ErrorCode::limit, "DCP_SHARDING_INFO has more than 16 offsets for " + tensor_called(entry_->first));
+    entry_->second.push_back(static_cast<std::int64_t>(scalar.natural));
+  }
+
+ private:
+  std::string wrong() const {
+    return "DCP_SHARDING_INFO is not {\"name\": {\"saved_offsets\": [0, ...]}, ...}" + (entry_ == nullptr ? std::string{} : " at " + tensor_called(entry_->first));
+  }
+
+  int depth_ = 0;   // of what is reported: the map, one tensor, its offsets
+  bool wanted_ = false, has_offsets_ = false;
+  ShardingInfo::value_type* entry_ = nullptr;
+};
+
+}  // namespace detail
+
+/// Throws    Error: bad_schema (also for text that is no JSON), duplicate_key, overflow for an offset of 2^63 or more, limit
+/// Source    torch.distributed.checkpoint, HuggingFaceStorageWriter: {"name": {"saved_offsets": [2, 0]}, ...}
+inline ShardingInfo parse_sharding_info(std::string_view json) {
+  detail::ShardingReader reader;
+  try {
+    detail::read_json(as_byte_span(json), sharding_info_key, 0, reader);
+  } catch (Error const& error) {
+    if (error.code() != ErrorCode::bad_json && error.code() != ErrorCode::bad_utf8) throw;
+    throw Error{ErrorCode::bad_schema, error.message()};
+  }
+  return std::move(reader.info);
+}
+
+/// Byte for byte what Python's json.dumps makes of the same names in sorted order. Throws Error(bad_utf8).
+inline std::string write_sharding_info(ShardingInfo const& info) {
+  std::string text{'{'};
+  for (auto const& [name, offsets] : info) {
+    if (text.size() > 1) text += ", ";
+    text += detail::python_quoted(name) + ": {\"saved_offsets\": [";
+    for (std::size_t d = 0; d < offsets.size(); ++d) (text += d > 0 ? ", " : "") += std::to_string(offsets[d]);
+    text += "]}";
+  }
+  return text += '}';
+}
+
+/// The offsets of `tensor`, one of a file with this `info`.
+///
+/// Throws    Error: index_mismatch if it is not listed, bad_schema for another number of dimensions, overflow if the box it makes
+///           ends beyond 2^63 - 1
+inline std::vector<std::int64_t> const& saved_offsets(ShardingInfo const& info, TensorInfo const& tensor) {
+  auto const found = info.find(tensor.name);
+  if (found == info.end()) throw Error{ErrorCode::index_mismatch, "DCP_SHARDING_INFO does not list " + detail::tensor_called(tensor.name) + " of the same file"};
+  auto const& offsets = found->second;
+  if (static_cast<int>(offsets.size()) != tensor.shape.rank())
+    throw Error{ErrorCode::bad_schema, "DCP_SHARDING_INFO has " + std::to_string(offsets.size()) + " offsets for " + detail::tensor_called(tensor.name) + " of shape " + to_string(tensor.shape)};
+  for (int d = 0; d < tensor.shape.rank(); ++d)
+    if (offsets[static_cast<std::size_t>(d)] > INT64_MAX - tensor.shape[d])
+      throw Error{ErrorCode::overflow, "DCP_SHARDING_INFO puts " + detail::tensor_called(tensor.name) + " beyond 2^63 elements"};
+  return offsets;
+}
+
+}  // namespace dcp::safetensors
