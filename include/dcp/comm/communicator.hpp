@@ -6,6 +6,10 @@
 // deadline that measures time without progress of *any* rank, not total time. When a rank leaves, dies or stays silent past the
 // deadline, the operation throws Error(rank_failed or timeout) on all others, and the communicator is poisoned: every later
 // operation throws the same Error at once, because messages of the broken operation may still be under way.
+//
+// An operation that every rank has entered succeeds on every rank, also if one leaves right after it. Arguments that are wrong on
+// their own (a root or a destination outside the group, an all_gather span of the wrong size) are Error(invalid_argument) on the
+// rank that passed them, before anything is sent.
 
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
@@ -14,6 +18,7 @@
 #include <concepts>
 #include <memory>
 #include <span>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -36,7 +41,7 @@ inline constexpr std::chrono::milliseconds default_deadline = std::chrono::minut
 ///   all_gather(mine, all)     everyone's `mine`, in rank order; sizes equal, all.size() == size() * mine.size()
 ///   exchange(outgoing)        each message to its rank (also to oneself); what came in, ordered by sending rank, and for one
 ///                             sender in the order sent. Sizes may differ, most pairs usually exchange nothing
-///   split(color, key)         a communicator of the ranks with the same color, ordered by key, then rank
+///   split(color, key)         a communicator of the ranks with the same color, ordered by key, then rank; any ints
 ///   progress()                not collective, cheap, any time: "this rank is alive", seen by ranks that wait
 template <class C>
 concept Communicator = requires(C& comm, C const& view, ByteSpan bytes, ConstByteSpan mine, std::vector<Message> outgoing) {
@@ -89,4 +94,44 @@ class CommRef {
   Table const* table_;
 };
 
+namespace detail {
+
+inline void check_root(int root, int size) {
+  if (root < 0 || root >= size)
+    throw Error{ErrorCode::invalid_argument, "broadcast from rank " + std::to_string(root) + ", but the ranks are 0 to " + std::to_string(size - 1)};
+}
+
+inline void check_all_gather(ConstByteSpan mine, ConstByteSpan all, int size) {
+  auto const ranks = static_cast<std::size_t>(size);
+  if (all.size() % ranks == 0 && all.size() / ranks == mine.size()) return;
+  throw Error{ErrorCode::invalid_argument, "all_gather of " + std::to_string(mine.size()) + " bytes from each of " + std::to_string(size) +
+                                               " ranks into a span of " + std::to_string(all.size()) + " bytes"};
+}
+
+inline void check_destinations(std::vector<Message> const& outgoing, int size) {
+  for (Message const& message : outgoing)
+    if (message.rank < 0 || message.rank >= size)
+      throw Error{ErrorCode::invalid_argument,
+                  "exchange with rank " + std::to_string(message.rank) + ", but the ranks are 0 to " + std::to_string(size - 1)};
+}
+
+/// "rank 3", "ranks 2 and 3", "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 12 more".
+inline std::string name_ranks(std::span<int const> ranks) {
+  constexpr std::size_t most = 8;
+  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
+  for (std::size_t i = 0; i < ranks.size(); ++i) {
+    if (i == most && ranks.size() > most + 1) return text + " and " + std::to_string(ranks.size() - most) + " more";
+    if (i > 0) text += i + 1 == ranks.size() ? " and " : ", ";
+    text += std::to_string(ranks[i]);
+  }
+  return text;
+}
+
+/// A deadline that can be added to any time of day: a caller may pass milliseconds::max() to wait for ever.
+inline std::chrono::milliseconds bounded_deadline(std::chrono::milliseconds deadline) {
+  constexpr std::chrono::milliseconds longest = std::chrono::hours{24 * 365 * 10};
+  return deadline < longest ? deadline : longest;
+}
+
+}  // namespace detail
 }  // namespace dcp

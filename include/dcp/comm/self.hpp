@@ -16,9 +16,15 @@ class SelfComm {
   int rank() const { return 0; }
   int size() const { return 1; }
   void barrier() {}
-  void broadcast(ByteSpan, int) {}
-  void all_gather(ConstByteSpan mine, ByteSpan all) { std::copy(mine.begin(), mine.end(), all.begin()); }
-  std::vector<Message> exchange(std::vector<Message> outgoing) { return outgoing; }
+  void broadcast(ByteSpan, int root) { detail::check_root(root, 1); }
+  void all_gather(ConstByteSpan mine, ByteSpan all) {
+    detail::check_all_gather(mine, all, 1);
+    std::copy(mine.begin(), mine.end(), all.begin());
+  }
+  std::vector<Message> exchange(std::vector<Message> outgoing) {
+    detail::check_destinations(outgoing, 1);
+    return outgoing;
+  }
   SelfComm split(int, int) { return {}; }
   void progress() {}
 };
