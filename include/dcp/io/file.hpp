@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// Files of the operating system: an owned descriptor, whole transfers at 64-bit offsets, and errors that say which bytes of which file.
+//
+// Every transfer is all or nothing for the caller: interruptions and short counts are continued here and nowhere else. Paths are
+// kept only for messages.
+
+#include <dcp/base/bytes.hpp>
+#include <dcp/base/error.hpp>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <utility>
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+namespace dcp {
+
+static_assert(sizeof(off_t) == 8, "dcp: file offsets are 64 bits wide; define _FILE_OFFSET_BITS=64 [sizeof(off_t) == 8]");
+
+/// What the system said, as an Error: missing_file for ENOENT, io for the rest.
+inline Error system_failure(int system_error, std::string message, std::string path) {
+  Error error{system_error == ENOENT ? ErrorCode::missing_file : ErrorCode::io, std::move(message)};
+  error.with_path(std::move(path)).with_errno(system_error);
+  return error;
+}
+
+/// The part of a path before its last component, "." for a bare name and "/" for a root. Lexical: no link is followed.
+inline std::string parent_path(std::string_view path) {
+  while (path.size() > 1 && path.back() == '/') path.remove_suffix(1);
+  auto const slash = path.rfind('/');
+  if (slash == std::string_view::npos) return ".";
+  path = path.substr(0, slash);
+  while (!path.empty() && path.back() == '/') path.remove_suffix(1);
+  return path.empty() ? "/" : std::string{path};
+}
+
+/// The last component of a path, empty for a root.
+inline std::string path_name(std::string_view path) {
+  while (!path.empty() && path.back() == '/') path.remove_suffix(1);
+  auto const slash = path.rfind('/');
+  return std::string{slash == std::string_view::npos ? path : path.substr(slash + 1)};
+}
+
+/// Calls `action` again while it throws because a name is not visible yet, until `deadline` has passed; then its error stands.
+///
+/// Because   on a network file system what another rank has just made may answer ENOENT, ESTALE or EEXIST here until caches expire
+/// Example   auto file = retry_visible(std::chrono::seconds{30}, [&] { return medium.open_read(path); });
+template <class Action>
+auto retry_visible(std::chrono::milliseconds deadline, Action action) -> decltype(action()) {
+  using Clock = std::chrono::steady_clock;
+  auto const end = Clock::now() + deadline;
+  for (auto pause = std::chrono::milliseconds{1};; pause = std::min(2 * pause, std::chrono::milliseconds{100})) {
+    try {
+      return action();
+    } catch (Error const& error) {
+      bool const may_pass = error.code() == ErrorCode::missing_file || error.system_error() == ESTALE || error.system_error() == EEXIST;
+      if (!may_pass || Clock::now() >= end) throw;
+    }
+    std::this_thread::sleep_until(std::min(end, Clock::now() + pause));
+  }
+}
+
+namespace detail {
+
+struct Transfer {
+  std::uint64_t done;
+  int system_error;   // 0: done is what was wanted, or the step returned 0
+};
+
+/// Moves `size` bytes with `step(done, most)`, which returns as read(2) does: a count, 0 at the end, -1 with errno.
+template <class Step>
+Transfer transfer_all(std::uint64_t size, Step step) {
+  // 1 GiB: the kernel moves at most 0x7ffff000 bytes a call, and a multiple of any block size keeps direct I/O aligned.
+  constexpr std::uint64_t most_at_once = std::uint64_t{1} << 30;
+  std::uint64_t done = 0;
+  while (done < size) {
+    auto const count = step(done, static_cast<std::size_t>(std::min(size - done, most_at_once)));
+    if (count > 0) done += static_cast<std::uint64_t>(count);
+    if (count == 0) break;
+    if (count < 0 && errno != EINTR) return {done, errno};
+  }
+  return {done, 0};
+}
+
+}  // namespace detail
+
+/// An open file or directory, closed on destruction. Its const members are thread-safe.
+class FileHandle {
+ public:
+  FileHandle() = default;
+  /// Takes over an open descriptor.
+  FileHandle(int descriptor, std::string path) : descriptor_{descriptor}, path_{std::move(path)} {}
+  FileHandle(FileHandle&& other) noexcept : descriptor_{std::exchange(other.descriptor_, -1)}, path_{std::move(other.path_)} {}
+  FileHandle& operator=(FileHandle&& other) noexcept {
+    std::swap(descriptor_, other.descriptor_);
+    path_.swap(other.path_);
+    return *this;
+  }
+  ~FileHandle() {
+    if (descriptor_ >= 0) ::close(descriptor_);
+  }
+
+  /// open(2) with O_CLOEXEC; new files get mode 0666 less the umask. Throws missing_file, io.
+  static FileHandle open(std::string path, int flags) { return open_at(AT_FDCWD, path, flags, path); }
+  static FileHandle open_at(FileHandle const& directory, std::string const& name, int flags) {
+    return open_at(directory.descriptor_, name, flags, directory.path_ + "/" + name);
+  }
+
+  /// A regular file for reading. A FIFO, a device or a directory is refused, without waiting for a writer.
+  static FileHandle open_read(std::string path) {
+    auto file = open(std::move(path), O_RDONLY | O_NONBLOCK);
+    file.require_regular();
+    return file;
+  }
+
+  /// A file for writing, created if it is not there and never cut. A FIFO that nobody reads is refused, not waited for.
+  static FileHandle open_write(std::string path) {
+    auto file = open(std::move(path), O_WRONLY | O_CREAT | O_NONBLOCK);
+    file.clear_nonblocking();
+    return file;
+  }
+
+  static FileHandle open_directory(std::string path) { return open(std::move(path), O_RDONLY | O_DIRECTORY); }
+
+  bool is_open() const noexcept { return descriptor_ >= 0; }
+  int descriptor() const noexcept { return descriptor_; }
+  /// The descriptor, which is now the caller's to close.
+  int release() noexcept { return std::exchange(descriptor_, -1); }
+  std::string const& path() const noexcept { return path_; }
+
+  /// Fills all of `out` from `offset`. Throws truncated where the file ends first, io.
+  void read_at(std::uint64_t offset, ByteSpan out) const {
+    auto const result = !fits(offset, out.size()) ? detail::Transfer{0, 0} : detail::transfer_all(out.size(), [&](std::uint64_t done, std::size_t most) {
+      return ::pread(descriptor_, out.data() + done, most, static_cast<off_t>(offset + done));
+    });
+    if (result.system_error != 0) throw failure(result.system_error, "cannot read the file").with_range(offset, offset + out.size());
+    if (result.done < out.size())
+      throw Error{ErrorCode::truncated, "the file ends " + std::to_string(out.size() - result.done) + " bytes before the range that is wanted"}
+          .with_path(path_)
+          .with_range(offset, offset + out.size());
+  }
+
+  /// Writes all of `bytes` at `offset`. Throws io.
+  void write_at(std::uint64_t offset, ConstByteSpan bytes) const {
+    auto const result = !fits(offset, bytes.size()) ? detail::Transfer{0, EFBIG} : detail::transfer_all(bytes.size(), [&](std::uint64_t done, std::size_t most) {
+      return ::pwrite(descriptor_, bytes.data() + done, most, static_cast<off_t>(offset + done));
+    });
+    int const system_error = result.system_error == 0 && result.done < bytes.size() ? EIO : result.system_error;
+    if (system_error != 0) throw failure(system_error, "cannot write the file").with_range(offset, offset + bytes.size());
+  }
+
+  void resize(std::uint64_t size) const {
+    if (!fits(size, 0)) throw failure(EFBIG, "cannot set the size of the file");
+    require([&] { return ::ftruncate(descriptor_, static_cast<off_t>(size)); }, "cannot set the size of the file");
+  }
+
+  struct stat status() const {
+    struct stat status {};
+    require([&] { return ::fstat(descriptor_, &status); }, "cannot look at the file");
+    return status;
+  }
+  std::uint64_t size() const { return static_cast<std::uint64_t>(status().st_size); }
+
+  /// Bytes and attributes to stable storage. Not to be repeated after a failure: the kernel may have marked the lost pages clean.
+  void sync() const { require([&] { return ::fsync(descriptor_); }, "cannot make the file durable"); }
+  /// As sync, without the attributes that no read needs.
+  void sync_data() const { require([&] { return ::fdatasync(descriptor_); }, "cannot make the file durable"); }
+
+  /// The names in this directory to stable storage.
+  void sync_directory() const {
+    if (::fsync(descriptor_) == 0) return;
+    // Some network and FUSE file systems have no such call: there a name is as durable as the server made it when it was set.
+    if (errno != EINVAL && errno != ENOTSUP && errno != ENOSYS) throw failure(errno, "cannot make the directory durable");
+  }
+
+  /// Closes and reports what only close knows (quota, space and I/O errors of network file systems).
+  void close() {
+    if (descriptor_ < 0) return;
+    // The descriptor is gone even after EINTR (Linux); what mattered was reported by sync.
+    if (::close(std::exchange(descriptor_, -1)) != 0 && errno != EINTR) throw failure(errno, "cannot close the file");
+  }
+
+  Error failure(int system_error, std::string message) const { return system_failure(system_error, std::move(message), path_); }
+
+  /// Refuses everything but a regular file, and makes reads of it wait as usual. Throws io.
+  void require_regular() const {
+    auto const mode = status().st_mode;
+    if (!S_ISREG(mode)) throw failure(S_ISDIR(mode) ? EISDIR : EINVAL, "not a regular file, so it is not read");
+    clear_nonblocking();
+  }
+
+ private:
+  int descriptor_ = -1;
+  std::string path_;
+
+  static FileHandle open_at(int directory, std::string const& name, int flags, std::string path) {
+    for (;;) {
+      int const descriptor = ::openat(directory, name.c_str(), flags | O_CLOEXEC, 0666);
+      if (descriptor >= 0) return FileHandle{descriptor, std::move(path)};
+      if (errno != EINTR) throw system_failure(errno, (flags & O_ACCMODE) == O_RDONLY ? "cannot open for reading" : "cannot open for writing", std::move(path));
+    }
+  }
+
+  static bool fits(std::uint64_t offset, std::uint64_t size) {
+    constexpr auto most = static_cast<std::uint64_t>(std::numeric_limits<off_t>::max());
+    return offset <= most && size <= most - offset;
+  }
+
+  template <class Call>
+  void require(Call call, char const* message) const {
+    while (call() != 0)
+      if (errno != EINTR) throw failure(errno, message);
+  }
+
+  void clear_nonblocking() const {
+    int const flags = ::fcntl(descriptor_, F_GETFL);
+    if (flags >= 0) ::fcntl(descriptor_, F_SETFL, flags & ~O_NONBLOCK);
+  }
+};
+
+}  // namespace dcp

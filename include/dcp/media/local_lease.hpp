@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// A lease as a file: a lock that the kernel drops with its holder, and a sign of life where locks do not reach.
+//
+// The file says "<host> <process> <boot id>". On one machine the lock alone decides, so a killed holder is gone at once. A file
+// system may keep locks to each client, so a lease of another machine also counts as held while its modification time is young.
+// Clocks of machines may differ by minutes; the age limit is far larger.
+
+#include <dcp/io/file.hpp>
+#include <dcp/media/medium.hpp>
+
+#include <array>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <csignal>
+#include <cstdint>
+#include <ctime>
+#include <fstream>
+#include <memory>
+#include <sstream>
+#include <string>
+
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+namespace dcp::detail {
+
+inline constexpr std::chrono::minutes lease_life{15};
+inline constexpr std::chrono::seconds lease_heartbeat{5};
+
+struct LeaseHolder {
+  std::string host, boot;
+  long process = 0;
+
+  std::string text() const { return host + " " + std::to_string(process) + " " + boot + "\n"; }
+
+  static LeaseHolder self() {
+    std::array<char, 256> name{};
+    ::gethostname(name.data(), name.size() - 1);
+    LeaseHolder me{name.data(), "-", static_cast<long>(::getpid())};
+    if (me.host.empty()) me.host = "-";
+    std::ifstream{"/proc/sys/kernel/random/boot_id"} >> me.boot;
+    return me;
+  }
+
+  static bool parse(std::string const& text, LeaseHolder& holder) {
+    std::istringstream in{text};
+    return static_cast<bool>(in >> holder.host >> holder.process >> holder.boot);
+  }
+};
+
+/// Whether the holder that the file names counts as alive to someone who got the lock (or, without `locks`, to anyone).
+inline bool lease_is_alive(FileHandle const& file, bool locks) {
+  auto const status = file.status();
+  std::string text(static_cast<std::size_t>(std::min<off_t>(status.st_size, 512)), '\0');
+  file.read_at(0, std::as_writable_bytes(std::span{text}));
+
+  auto const age = std::time(nullptr) - status.st_mtime;
+  bool const young = (age < 0 ? -age : age) < std::chrono::seconds{lease_life}.count();   // a far future is a wrong clock, not a sign of life
+  LeaseHolder holder;
+  if (!LeaseHolder::parse(text, holder)) return !locks && young && status.st_size > 0;
+  auto const me = LeaseHolder::self();
+  if (holder.boot != me.boot && holder.host != me.host) return young;
+  if (locks) return false;
+  bool const gone = holder.boot != me.boot || (holder.host == me.host && ::kill(static_cast<pid_t>(holder.process), 0) != 0 && errno == ESRCH);
+  return young && !gone;
+}
+
+class LocalLease final : public Lease {
+ public:
+  explicit LocalLease(FileHandle file) : file_{std::move(file)} {}
+
+  ~LocalLease() override {
+    // A child made by fork shares the lock; only who took it gives it back.
+    if (::getpid() != owner_) return;
+    // Emptied first: the directory may have been renamed since, and another machine must not take the leftover for a sign of life.
+    [[maybe_unused]] int const cut = ::ftruncate(file_.descriptor(), 0);
+    struct stat mine {}, named {};
+    if (::fstat(file_.descriptor(), &mine) == 0 && ::lstat(file_.path().c_str(), &named) == 0 && mine.st_ino == named.st_ino && mine.st_dev == named.st_dev)
+      ::unlink(file_.path().c_str());
+    ::flock(file_.descriptor(), LOCK_UN);
+  }
+
+  void heartbeat() override {
+    auto const now = std::chrono::steady_clock::now().time_since_epoch().count();
+    auto last = beat_.load();
+    if (now - last < std::chrono::steady_clock::duration{lease_heartbeat}.count() || !beat_.compare_exchange_strong(last, now)) return;
+    // A beat that fails is no reason to fail a save: the lock still stands.
+    ::futimens(file_.descriptor(), nullptr);
+  }
+
+ private:
+  FileHandle file_;
+  pid_t owner_ = ::getpid();
+  std::atomic<std::chrono::steady_clock::rep> beat_{std::chrono::steady_clock::now().time_since_epoch().count()};
+};
+
+/// See AnyMedium::acquire_lease.
+inline std::unique_ptr<Lease> acquire_local_lease(std::string const& path) {
+  constexpr int rounds = 100;
+  for (int round = 0;; ++round) {
+    auto file = FileHandle::open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK);
+    file.require_regular();
+    bool locks = true;
+    while (::flock(file.descriptor(), LOCK_EX | LOCK_NB) != 0) {
+      if (errno == EINTR) continue;
+      if (errno == EWOULDBLOCK) return nullptr;
+      if (errno != ENOSYS && errno != ENOTSUP && errno != EINVAL && errno != ENOLCK) throw file.failure(errno, "cannot lock the lease");
+      locks = false;
+      break;
+    }
+    // The holder before us removes the file before it lets go: then this is a lock on a file without a name, and worth nothing.
+    struct stat named {};
+    auto const mine = file.status();
+    if (::lstat(path.c_str(), &named) != 0 || named.st_ino != mine.st_ino || named.st_dev != mine.st_dev) {
+      if (round == rounds) throw file.failure(ESTALE, "the lease is replaced again and again");
+      continue;
+    }
+    if (lease_is_alive(file, locks)) return nullptr;
+
+    auto const text = LeaseHolder::self().text();
+    file.resize(0);
+    file.write_at(0, as_byte_span(text));
+    file.sync();
+    return std::make_unique<LocalLease>(std::move(file));
+  }
+}
+
+}  // namespace dcp::detail
