@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+# The optional dependencies, one table for the build and for the installed package. A component is a header of its own, never included
+# by another one, and target dcp::<component>. To add one: a name in the list, and its rows.
+set(dcp_components mpi eigen)
+
+set(dcp_mpi_headers comm/mpi.hpp)
+set(dcp_mpi_package MPI)
+set(dcp_mpi_arguments COMPONENTS CXX)
+set(dcp_mpi_target MPI::MPI_CXX)
+set(dcp_mpi_debian libopenmpi-dev)
+
+set(dcp_eigen_headers ext/eigen.hpp)
+set(dcp_eigen_package Eigen3)
+set(dcp_eigen_arguments 3.3)
+set(dcp_eigen_target Eigen3::Eigen)
+set(dcp_eigen_debian libeigen3-dev)
+
+# Looks for the dependency of a component: dcp_<component>_FOUND, and in words dcp_<component>_reason if it is not there.
+# A macro, because find_package also sets variables that the caller's project uses (MPIEXEC_EXECUTABLE).
+macro(dcp_find_component component)
+  if(NOT TARGET ${dcp_${component}_target})
+    find_package(${dcp_${component}_package} ${dcp_${component}_arguments} QUIET)
+  endif()
+  if(TARGET ${dcp_${component}_target})
+    set(dcp_${component}_FOUND TRUE)
+  else()
+    set(dcp_${component}_FOUND FALSE)
+    set(dcp_${component}_reason "component ${component} needs ${dcp_${component}_package}, which was not found (Debian: ${dcp_${component}_debian})")
+  endif()
+endmacro()

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+# cmake -DWORK=<folder> -P check_floors_test.cmake: cmake/check_floors.cmake accepts a sound little tree and finds each kind of fault in it.
+cmake_minimum_required(VERSION 3.22)
+set(head "// SPDX-License-Identifier: Apache-2.0\n#pragma once\n")
+
+function(tree)
+  file(REMOVE_RECURSE ${WORK})
+  foreach(header IN ITEMS base/error core/shape core/box io/file comm/communicator formats/zip plan/save_plan media/memory storage/storage
+                          checkpoint/save inspect/draw ext/eigen comm/mpi)
+    file(WRITE ${WORK}/dcp/${header}.hpp "${head}")
+  endforeach()
+  file(WRITE ${WORK}/dcp/plan/save_plan.hpp "${head}#include <dcp/core/shape.hpp>\n#include <nlohmann/json.hpp>\n")
+  file(WRITE ${WORK}/dcp/comm/mpi.hpp "${head}#include <dcp/base/error.hpp>\n#include <mpi.h>\n")
+  file(WRITE ${WORK}/dcp/core/shape.hpp "${head}// #include <dcp/io/file.hpp>\n#include <array>  // [[; odd]\n#include <dcp/base/error.hpp>\n")
+  file(WRITE ${WORK}/dcp/dcp.hpp "${head}#include <dcp/checkpoint/save.hpp>\n#include <dcp/inspect/draw.hpp>\n")
+endfunction()
+
+function(check expectation text)
+  execute_process(COMMAND ${CMAKE_COMMAND} -DINCLUDE=${WORK} -P ${CMAKE_CURRENT_LIST_DIR}/../../cmake/check_floors.cmake
+                  RESULT_VARIABLE status OUTPUT_VARIABLE out ERROR_VARIABLE out)
+  string(REGEX REPLACE "[ \n]+" " " out "${out}")   # message() wraps lines
+  string(FIND "${out}" "${text}" at)
+  if(at EQUAL -1 OR (expectation STREQUAL "fails" AND status EQUAL 0) OR (expectation STREQUAL "passes" AND NOT status EQUAL 0))
+    message(SEND_ERROR "expected: ${expectation}, with '${text}'; got status ${status}:\n${out}")
+  endif()
+endfunction()
+
+# The sound tree with `contents` as dcp/<header>.
+function(fault header contents text)
+  tree()
+  file(WRITE ${WORK}/dcp/${header} "${contents}")
+  check(fails "${text}")
+endfunction()
+
+tree()
+check(passes "14 headers")
+fault(core/box.hpp "${head}#include <dcp/formats/zip.hpp>\n" "dcp/core/box.hpp:3: core/ (floor 1) includes <dcp/formats/zip.hpp> of formats/ (floor 2)")
+fault(core/box.hpp "${head}\n  #  include <dcp/comm/communicator.hpp>\n" "dcp/core/box.hpp:4: core/ (floor 1) includes <dcp/comm/communicator.hpp> of comm/ (floor 1)")
+fault(formats/zip.hpp "${head}#include <dcp/io/file.hpp>\n" "formats/ (floor 2) includes <dcp/io/file.hpp> of io/ (floor 1); formats/ may include: core base")
+fault(plan/save_plan.hpp "${head}#include <dcp/comm/communicator.hpp>\n" "plan/ (floor 2) includes <dcp/comm/communicator.hpp>")
+fault(storage/storage.hpp "${head}#include <dcp/comm/communicator.hpp>\n" "storage/ (floor 3) includes <dcp/comm/communicator.hpp>")
+fault(inspect/draw.hpp "${head}#include <dcp/checkpoint/save.hpp>\n" "inspect/ (floor 4) includes <dcp/checkpoint/save.hpp> of checkpoint/ (floor 4)")
+fault(base/error.hpp "${head}#include <dcp/core/shape.hpp>\n" "base/ (floor 0) includes <dcp/core/shape.hpp> of core/ (floor 1)")
+fault(checkpoint/save.hpp "${head}#include <dcp/dcp.hpp>\n" "checkpoint/ (floor 4) includes <dcp/dcp.hpp> of roof/ (floor 5)")
+fault(core/box.hpp "${head}#include <nlohmann/json.hpp>\n" "core/ is on floor 1 and includes <nlohmann/json.hpp>; JSON begins at floor 2")
+fault(comm/communicator.hpp "${head}#include <mpi.h>\n" "includes <mpi.h>, which only comm/mpi.hpp may")
+fault(core/box.hpp "${head}#include <Eigen/Core>\n" "includes <Eigen/Core>, which only ext/eigen.hpp may")
+fault(core/box.hpp "${head}#include <cuda_runtime.h>\n" "includes <cuda_runtime.h>, which only")
+fault(dcp.hpp "${head}#include <dcp/comm/mpi.hpp>\n" "needs an optional dependency")
+fault(core/box.hpp "${head}#include \"shape.hpp\"\n" "dcp/core/box.hpp:3: write #include <...>")
+fault(core/box.hpp "${head}#include <dcp/core/shap.hpp>\n" "<dcp/core/shap.hpp> does not exist")
+fault(core/box.hpp "#pragma once\n" "dcp/core/box.hpp:1: the first line is not")
+fault(core/box.hpp "// SPDX-License-Identifier: Apache-2.0\n" "dcp/core/box.hpp:2: no #pragma once")
+fault(attic/box.hpp "${head}" "attic/ is no floor")
+fault(core/more/box.hpp "${head}" "headers are dcp.hpp and <folder>/<name>.hpp")
+
+tree()
+file(WRITE ${WORK}/dcp/core/box.hpp "${head}#include <dcp/core/shape.hpp>\n")
+file(WRITE ${WORK}/dcp/core/shape.hpp "${head}#include <dcp/core/box.hpp>\n")
+check(fails "includes go round in a circle")
+file(REMOVE_RECURSE ${WORK})
+check(fails "no headers below")
