@@ -39,6 +39,7 @@ struct RecordFile {
   std::uint64_t size = 0;
   std::uint64_t crc = 0;            // of the whole file
   std::uint64_t table_crc = 0;      // of its chunk checksums
+  bool data = false;                // holds tensors; the others are indexes, values, and files that were copied in
   std::uint64_t chunks() const { return ceil_div(size, chunk_bytes); }
 };
 /// A group of names that lives in a directory of its own.
@@ -231,7 +232,7 @@ inline Bytes write_record(CommitRecord const& record, Bytes& large) {
     out += first ? "]" : "\n ]";
   };
   list("files", record.files, [&](RecordFile const& f) {
-    out += "{\"path\":" + json_quoted(f.path) + ",\"size\":" + std::to_string(f.size) + ",\"crc64\":\"" + hex16(f.crc) + "\",\"chunks_crc64\":\"" + hex16(f.table_crc) + "\"}";
+    out += "{\"path\":" + json_quoted(f.path) + ",\"size\":" + std::to_string(f.size) + ",\"crc64\":\"" + hex16(f.crc) + "\",\"chunks_crc64\":\"" + hex16(f.table_crc) + (f.data ? "\",\"data\":true}" : "\"}");
   });
   list("groups", record.groups, [&](RecordGroup const& g) {
     out += "{\"prefix\":" + json_quoted(g.prefix) + ",\"directory\":" + json_quoted(g.directory) + ",\"strip\":" + (g.strip ? "true" : "false") + "}";
@@ -275,7 +276,7 @@ inline CommitRecord parse_record(ConstByteSpan bytes, ConstByteSpan large, bool 
     record.storage = json.at("storage").get<std::string>();
     record.file_layout = json.at("file_layout").get<std::string>();
     for (auto const& f : json.at("files")) {
-      RecordFile file{f.at("path").get<std::string>(), f.at("size").get<std::uint64_t>(), 0, 0};
+      RecordFile file{f.at("path").get<std::string>(), f.at("size").get<std::uint64_t>(), 0, 0, f.value("data", false)};
       if (!parse_hex16(f.at("crc64").get<std::string>(), file.crc) || !parse_hex16(f.at("chunks_crc64").get<std::string>(), file.table_crc)) detail::bad_record("a checksum");
       record.files.push_back(std::move(file));
     }

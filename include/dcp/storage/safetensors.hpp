@@ -1,0 +1,450 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// Hugging Face safetensors checkpoints, as the ecosystem reads and writes them.
+//
+//   final     model-0000i-of-0000n.safetensors and model.safetensors.index.json: whole tensors under bare names. Every rank's bytes
+//             go straight to their final positions; nothing is gathered or consolidated
+//   sharded   shard-<rank + 1>-model-... per rank, with DCP_SHARDING_INFO, as PyTorch's HuggingFaceStorageWriter writes them
+
+#include <dcp/formats/hf_index.hpp>
+#include <dcp/formats/safetensors_header.hpp>
+#include <dcp/media/local_fs.hpp>
+#include <dcp/storage/storage.hpp>
+
+#include <algorithm>
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace dcp {
+
+enum class FileLayout : std::uint8_t { final, sharded };
+/// Whether files hold names with or without the prefix of their group.
+enum class Prefix : std::uint8_t { keep, strip };
+
+/// Names under `prefix` (whole components between dots) go to a directory of their own: loaders of the ecosystem take every
+/// *.safetensors beside an index, and want a model's bare names.
+///
+/// Example   .groups = {{"model", ".", dcp::Prefix::strip}, {"optimizer", "optimizer"}}
+struct SafeTensorsGroup {
+  std::string prefix;
+  std::string directory = ".";
+  Prefix names = Prefix::keep;
+};
+
+struct SafeTensorsOptions {
+  FileLayout layout = FileLayout::final;
+  std::uint64_t max_file_bytes = 5'000'000'000;                 // of tensor data per file; a larger tensor gets a file of its own
+  std::map<std::string, int> file_of = {};                      // name -> number of its file, from 1; then every tensor must be listed
+  std::vector<std::pair<std::string, std::string>> metadata = {};   // texts for every file's header, beside {"format", "pt"}
+  std::vector<SafeTensorsGroup> groups = {};                    // the first whose prefix matches; names outside all groups stay at the top
+  std::vector<std::filesystem::path> extra_files = {};          // copied into the checkpoint: config.json, tokenizer.json, ...
+  // Reading what others wrote: each gives up one refusal.
+  bool allow_trailing_bytes = false;                            // behind the last tensor of a file
+  bool allow_duplicate_names = false;                           // in a header; the last one counts
+  bool ignore_total_size = false;                               // of the index
+};
+
+namespace detail {
+
+/// Whether `name` is `prefix` or begins with it and a dot.
+inline bool under_prefix(std::string_view name, std::string_view prefix) {
+  return prefix.empty() || (name.starts_with(prefix) && (name.size() == prefix.size() || name[prefix.size()] == '.'));
+}
+
+inline std::string normal_directory(std::string const& directory) {
+  std::string out;
+  for (std::size_t at = 0; at <= directory.size();) {
+    auto const slash = std::min(directory.find('/', at), directory.size());
+    auto const part = directory.substr(at, slash - at);
+    if (part == ".." || part.find('\\') != std::string::npos || part.find('\0') != std::string::npos)
+      throw Error{ErrorCode::unsafe_path, "a group's directory is " + json_quoted(directory) + "; it must lie inside the checkpoint"};
+    if (!part.empty() && part != ".") out += (out.empty() ? "" : "/") + part;
+    at = slash + 1;
+  }
+  return out;
+}
+
+class SafeTensorsDriver final : public AnyStorage {
+ public:
+  explicit SafeTensorsDriver(SafeTensorsOptions options) : options_{std::move(options)} {
+    for (auto const& group : options_.groups) groups_.push_back({group.prefix, normal_directory(group.directory), group.names == Prefix::strip});
+  }
+
+  std::string_view name() const override { return "safetensors"; }
+  std::string file_layout() const override { return options_.layout == FileLayout::final ? "final" : "sharded"; }
+  std::vector<RecordGroup> groups() const override { return groups_; }
+  std::string options_text() const override {
+    std::string text = file_layout() + " max_file_bytes=" + std::to_string(options_.max_file_bytes);
+    for (auto const& [name, file] : options_.file_of) text += " file_of " + json_quoted(name) + '=' + std::to_string(file);
+    for (auto const& [key, value] : options_.metadata) text += " metadata " + json_quoted(key) + '=' + json_quoted(value);
+    for (auto const& group : groups_) text += " group " + json_quoted(group.prefix) + '=' + json_quoted(group.directory) + (group.strip ? " strip" : "");
+    for (auto const& file : options_.extra_files) text += " extra " + json_quoted(file.string());
+    return text;
+  }
+
+  std::vector<std::pair<std::string, Bytes>> extra_files() const override {
+    std::vector<std::pair<std::string, Bytes>> files;
+    MediumModel<LocalFs> local{LocalFs{}};
+    for (auto const& path : options_.extra_files) {
+      if (!path.has_filename()) throw Error{ErrorCode::invalid_argument, "an extra file without a name"}.with_path(path.string());
+      files.emplace_back(path.filename().string(), read_file(local, path.string(), most_record_bytes));
+    }
+    return files;
+  }
+
+  FilePlan plan_files(SaveRequest const& request) const override {
+    std::vector<Target> const targets = choose_files(request);
+    return options_.layout == FileLayout::final ? plan_final(request, targets) : plan_sharded(request, targets);
+  }
+
+  Scan scan(AnyMedium& medium, std::string const& path, CommitRecord const* record) const override {
+    Scan scan;
+    scan.directory = path;
+    if (record != nullptr) {
+      for (auto const& file : record->files)
+        if (file.data) scan.files.push_back(file.path);
+      return scan;
+    }
+    if (medium.kind(path) == EntryKind::file) {
+      auto const slash = path.rfind('/');
+      scan.directory = slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
+      scan.files.push_back(path.substr(slash + 1));
+      return scan;
+    }
+    std::vector<std::string> indexes;
+    bool single = false;
+    for (auto const& entry : medium.list(path)) {
+      if (entry.name.ends_with(".safetensors")) scan.files.push_back(entry.name), single = single || entry.name == hf::single_file_name;
+      else if (entry.name.find(".safetensors.index") != std::string::npos && entry.name.ends_with(".json")) indexes.push_back(entry.name);
+    }
+    if (indexes.size() > 1) {
+      if (std::find(indexes.begin(), indexes.end(), hf::index_file_name) == indexes.end())
+        throw Error{ErrorCode::index_mismatch, "the directory has several indexes (" + indexes[0] + ", " + indexes[1] + ") and none of the usual name"}.with_path(path).with_hint("name one file to load");
+      scan.warnings.push_back("of several indexes, " + std::string{hf::index_file_name} + " is used");
+      indexes = {std::string{hf::index_file_name}};
+    }
+    if (single && !indexes.empty() && scan.files.size() > 1) {
+      // As transformers: the single file comes first.
+      scan.warnings.push_back("the directory has " + std::string{hf::single_file_name} + " and an index; the single file is used");
+      scan.files = {std::string{hf::single_file_name}};
+      return scan;
+    }
+    if (!indexes.empty()) {
+      std::string const file = path + '/' + indexes[0];
+      try {
+        hf::IndexOptions options;
+        options.ignore_bad_total_size = options_.ignore_total_size;
+        hf::Index index = hf::parse_index(read_file(medium, file, options.max_bytes), options);
+        scan.indexed = true;
+        if (index.total_size && *index.total_size <= static_cast<std::uint64_t>(INT64_MAX)) scan.total_size = static_cast<std::int64_t>(*index.total_size);
+        scan.index = std::move(index.weight_map);
+      } catch (Error& error) {
+        throw error.with_path(file);
+      }
+      std::vector<std::string> named;
+      for (auto const& [tensor, name] : scan.index) named.push_back(name);
+      std::sort(named.begin(), named.end());
+      named.erase(std::unique(named.begin(), named.end()), named.end());
+      for (auto const& name : scan.files)
+        if (!std::binary_search(named.begin(), named.end(), name)) scan.warnings.push_back(name + " is not in the index and is left out");
+      for (auto const& name : named)
+        if (medium.kind(path + '/' + name) == EntryKind::missing) throw Error{ErrorCode::missing_file, "the index names the file " + name + ", which is not there"}.with_path(file);
+      scan.files = std::move(named);
+    }
+    if (scan.files.empty()) throw Error{ErrorCode::not_found, "the directory holds no .safetensors file"}.with_path(path);
+    return scan;
+  }
+
+  FoundFile read_header(AnyMedium& medium, Scan const& scan, std::string const& file) const override {
+    std::string const path = scan.directory + '/' + file;
+    try {
+      auto const in = medium.open_read(path);
+      FoundFile found;
+      found.path = file;
+      found.size = in->size();
+      Bytes first(static_cast<std::size_t>(std::min<std::uint64_t>(8, found.size)));
+      in->read_at(0, first);
+      Bytes text(static_cast<std::size_t>(safetensors::header_bytes(first, found.size)));
+      in->read_at(8, text);
+      safetensors::ParseOptions options;
+      options.allow_trailing_bytes = options_.allow_trailing_bytes;
+      options.allow_duplicate_names = options_.allow_duplicate_names;
+      safetensors::Header const header = safetensors::parse_header(text, found.size, options);
+      safetensors::ShardingInfo info;
+      if (auto const json = header.find_metadata(safetensors::sharding_info_key)) {
+        found.pieces = true;
+        info = safetensors::parse_sharding_info(*json);
+      }
+      std::vector<std::string_view> names;
+      for (auto const& tensor : header.tensors) {
+        Extents origin = Extents::filled(tensor.shape.rank(), 0);
+        if (found.pieces) origin = Extents{safetensors::saved_offsets(info, tensor)};
+        found.tensors.push_back({tensor.name, tensor.dtype, tensor.shape, header.data_begin + tensor.begin, origin});
+        names.push_back(tensor.name);
+      }
+      std::sort(names.begin(), names.end());
+      auto const is_tensor = [&](std::string_view name) { return std::binary_search(names.begin(), names.end(), name); };
+      // "dropped": "kept" is how Hugging Face notes tied weights; other texts may be anything.
+      for (auto const& [key, value] : header.metadata)
+        if (is_tensor(value) && !is_tensor(key)) found.ties.push_back({key, value});
+      return found;
+    } catch (Error& error) {
+      throw error.with_path(path);
+    }
+  }
+
+  Catalog assemble(Scan const& scan, std::vector<FoundFile> found, CommitRecord const* record) const override {
+    if (scan.indexed) check_index(scan, found);
+    if (record != nullptr)
+      for (auto& file : found) restore_names(file, record->groups);
+    Catalog catalog = dcp::assemble(std::move(found));
+    catalog.warnings.insert(catalog.warnings.end(), scan.warnings.begin(), scan.warnings.end());
+    return catalog;
+  }
+
+ private:
+  // Where one tensor goes.
+  struct Target {
+    std::string stored_name;
+    std::string directory;
+    int file = 1, files = 1;   // "file of files" in its directory
+  };
+
+  RecordGroup const* group_of(std::string_view name) const {
+    for (auto const& group : groups_)
+      if (under_prefix(name, group.prefix)) return &group;
+    return nullptr;
+  }
+  static std::string stripped(std::string const& name, RecordGroup const* group) {
+    if (group == nullptr || !group->strip || group->prefix.empty() || name.size() <= group->prefix.size() + 1) return name;
+    return name.substr(group->prefix.size() + 1);
+  }
+
+  std::vector<Target> choose_files(SaveRequest const& request) const {
+    std::vector<Target> targets;
+    struct Open {
+      int files = 0;
+      std::uint64_t bytes = 0, header = 0;
+    };
+    std::map<std::string, Open> directories;
+    std::map<std::pair<std::string, std::string>, std::size_t> stored;
+    std::map<std::string, RecordGroup const*> group_in;   // of each directory, to find names that could not be restored
+    Problems problems;
+    for (std::size_t t = 0; t < request.tensors.size(); ++t) {
+      TensorSpec const& tensor = request.tensors[t];
+      RecordGroup const* group = group_of(tensor.name);
+      Target target{stripped(tensor.name, group), group == nullptr ? "" : group->directory, 1, 1};
+      if (auto const [at, fresh] = stored.try_emplace({target.directory, target.stored_name}, t); !fresh)
+        problems.add(ErrorCode::duplicate_entry, tensor.name + " and " + request.tensors[at->second].name + " would both be " + target.stored_name + " in directory ./" + target.directory);
+      if (auto const [at, fresh] = group_in.try_emplace(target.directory, group); (!fresh && at->second != group && ((group != nullptr && group->strip) || (at->second != nullptr && at->second->strip))) ||
+                                                                               (group != nullptr && group->strip && tensor.name == group->prefix))
+        problems.add(ErrorCode::invalid_argument, tensor.name + ": directory ./" + target.directory + " holds names without their prefix, so names of other groups cannot stand there");
+      std::uint64_t bytes = 0;
+      try {
+        bytes = safetensors::tensor_bytes(tensor.dtype, tensor.layout.shape);
+      } catch (Error const& error) {
+        problems.add(error.code(), tensor.name + ": " + error.message());
+      }
+      std::uint64_t const header = 128 + 6 * target.stored_name.size() + 48 * static_cast<std::size_t>(tensor.layout.shape.rank());   // an upper bound
+      Open& open = directories[target.directory];
+      if (options_.file_of.empty()) {
+        if (open.files == 0 || (open.bytes > 0 && open.bytes + bytes > options_.max_file_bytes) || open.header + header > safetensors::max_header_bytes / 2) open = {open.files + 1, 0, 0};
+        open.bytes += bytes;
+        open.header += header;
+        target.file = open.files;
+      } else if (auto const at = options_.file_of.find(tensor.name); at == options_.file_of.end() || at->second < 1) {
+        problems.add(ErrorCode::invalid_argument, tensor.name + ": file_of has no file number from 1 for it");
+      } else {
+        target.file = at->second;
+        open.files = std::max(open.files, at->second);
+      }
+      targets.push_back(std::move(target));
+    }
+    problems.raise();
+    for (auto& target : targets) target.files = directories[target.directory].files;
+    return targets;
+  }
+
+  static std::string joined(std::string const& directory, std::string const& file) { return directory.empty() ? file : directory + '/' + file; }
+
+  safetensors::Metadata file_metadata() const {
+    safetensors::Metadata metadata = options_.metadata;
+    if (std::none_of(metadata.begin(), metadata.end(), [](auto const& m) { return m.first == "format"; })) metadata.emplace_back("format", "pt");
+    return metadata;
+  }
+
+  FilePlan plan_final(SaveRequest const& request, std::vector<Target> const& targets) const {
+    FilePlan plan;
+    std::map<std::pair<std::string, int>, std::vector<std::uint32_t>> members;   // of each file
+    std::map<std::string, hf::Index> indexes;                                    // of each directory
+    for (std::uint32_t t = 0; t < targets.size(); ++t) members[{targets[t].directory, targets[t].file}].push_back(t);
+    for (auto const& [key, tensors] : members) {
+      auto const f = static_cast<std::uint32_t>(plan.files.size());
+      std::string const file_name = hf::model_file_name(key.second, targets[tensors[0]].files);
+      std::map<std::string_view, std::uint32_t> by_name;
+      std::vector<safetensors::TensorInfo> infos;
+      for (auto const t : tensors) {
+        infos.push_back({targets[t].stored_name, request.tensors[t].dtype, request.tensors[t].layout.shape, 0, 0});
+        by_name[targets[t].stored_name] = t;
+      }
+      safetensors::assign_offsets(infos);
+      safetensors::Metadata metadata = file_metadata();
+      hf::Index& index = indexes[key.first];
+      for (auto const& tie : request.ties) {
+        RecordGroup const* group = group_of(tie.kept);
+        if (group != group_of(tie.dropped)) continue;   // the record has it; a reader of these files has no use for it
+        std::string const kept = stripped(tie.kept, group), dropped = stripped(tie.dropped, group);
+        if ((group == nullptr ? "" : group->directory) != key.first || !by_name.contains(kept)) continue;
+        metadata.emplace_back(dropped, kept);
+        if (targets[tensors[0]].files > 1) index.metadata.emplace_back(dropped, kept);
+      }
+      Bytes header = safetensors::write_header(infos, std::move(metadata), 4096);
+      PlannedFile& file = plan.files.emplace_back();
+      file.path = joined(key.first, file_name);
+      file.size = header.size();
+      if (!index.total_size) index.total_size = 0;
+      for (auto const& info : infos) {
+        std::uint32_t const t = by_name[info.name];
+        plan.stored.push_back({t, f, header.size() + info.begin, Box::whole(info.shape)});
+        file.size = header.size() + info.end;
+        *index.total_size += info.end - info.begin;
+        index.weight_map.emplace_back(info.name, file_name);
+      }
+      file.literals.push_back({0, std::move(header)});
+    }
+    for (auto const& [directory, index] : indexes) {
+      auto const text = hf::write_index(index);
+      auto const bytes = as_byte_span(text);
+      plan.commit_files.emplace_back(joined(directory, std::string{hf::index_file_name}), Bytes(bytes.begin(), bytes.end()));
+    }
+    return plan;
+  }
+
+  // The rows of this rank's share of its cell. Shares cut between elements; here both ends move up to the next whole row.
+  static Box rows_of_share(Box const& cell, CellRange range) {
+    if (cell.rank() == 0) return range.begin < range.end ? cell : nothing_of(cell.shape);
+    int outer = 0;
+    while (outer + 1 < cell.rank() && cell.shape[outer] == 1) ++outer;
+    std::int64_t row = 1;
+    for (int d = outer + 1; d < cell.rank(); ++d) row *= cell.shape[d];
+    if (row == 0) return nothing_of(cell.shape);
+    Box box = cell;
+    std::int64_t const from = ceil_div(range.begin, row), to = ceil_div(range.end, row);
+    box.origin[outer] += from;
+    box.shape[outer] = to - from;
+    return box;
+  }
+
+  FilePlan plan_sharded(SaveRequest const& request, std::vector<Target> const& targets) const {
+    struct Piece {
+      std::uint32_t tensor;
+      Box box;
+    };
+    std::map<std::pair<std::string, int>, std::vector<Piece>> members;
+    for (std::uint32_t t = 0; t < targets.size(); ++t) {
+      Layout const& layout = request.tensors[t].layout;
+      auto const coordinate = layout.mesh.coordinate_of(request.rank);
+      if (!coordinate) continue;
+      bool const first = layout.mesh.rank_at(MeshGeometry::Coordinate{}) == request.rank;
+      Box const box = layout.shape.empty() ? Box::whole(layout.shape) : rows_of_share(box_at(layout, *coordinate), request.shares.range_of(t, *coordinate));
+      // A tensor without elements is still an entry, of one rank.
+      if (layout.shape.empty() ? !first : box.size() == 0 || (box.rank() != layout.shape.rank())) continue;
+      if (!on_byte_boundaries(request.tensors[t].dtype, box, Box::whole(layout.shape)))
+        throw Error{ErrorCode::misaligned, request.tensors[t].name + ": its layout cuts a byte of " + std::string{to_string(request.tensors[t].dtype)} + " elements"};
+      members[{targets[t].directory, targets[t].file}].push_back({t, box});
+    }
+    FilePlan plan;
+    for (auto const& [key, pieces] : members) {
+      auto const f = static_cast<std::uint32_t>(plan.files.size());
+      std::map<std::string_view, Piece const*> by_name;
+      std::vector<safetensors::TensorInfo> infos;
+      safetensors::ShardingInfo sharding;
+      for (auto const& piece : pieces) {
+        std::string const& name = targets[piece.tensor].stored_name;
+        infos.push_back({name, request.tensors[piece.tensor].dtype, piece.box.shape, 0, 0});
+        by_name[name] = &piece;
+        sharding[name] = {piece.box.origin.begin(), piece.box.origin.end()};
+      }
+      safetensors::assign_offsets(infos);
+      safetensors::Metadata metadata = file_metadata();
+      metadata.emplace_back(safetensors::sharding_info_key, safetensors::write_sharding_info(sharding));
+      metadata.emplace_back("DCP_VERSION", "1.0");
+      Bytes header = safetensors::write_header(infos, std::move(metadata), 4096);
+      PlannedFile& file = plan.files.emplace_back();
+      file.only_rank = request.rank;
+      file.path = joined(key.first, hf::shard_file_name(static_cast<int>(request.rank) + 1, key.second, targets[pieces[0].tensor].files));
+      file.size = header.size();
+      for (auto const& info : infos) {
+        Piece const& piece = *by_name[info.name];
+        plan.stored.push_back({piece.tensor, f, header.size() + info.begin, piece.box});
+        file.size = header.size() + info.end;
+      }
+      file.literals.push_back({0, std::move(header)});
+    }
+    return plan;
+  }
+
+  void check_index(Scan const& scan, std::vector<FoundFile> const& found) const {
+    Problems problems;
+    std::uint64_t total = 0;
+    std::vector<std::pair<std::string_view, std::string_view>> held;
+    for (auto const& file : found)
+      for (auto const& tensor : file.tensors) {
+        held.emplace_back(tensor.name, file.path);
+        total += safetensors::tensor_bytes(tensor.dtype, tensor.shape);
+        auto const at = std::lower_bound(scan.index.begin(), scan.index.end(), tensor.name, [](auto const& entry, std::string const& name) { return entry.first < name; });
+        if (at == scan.index.end() || at->first != tensor.name) problems.add(ErrorCode::index_mismatch, tensor.name + ": in " + file.path + ", but not in the index");
+        else if (at->second != file.path) problems.add(ErrorCode::index_mismatch, tensor.name + ": in " + file.path + ", but the index puts it into " + at->second);
+      }
+    std::sort(held.begin(), held.end());
+    for (auto const& [name, file] : scan.index)
+      if (!std::binary_search(held.begin(), held.end(), std::pair<std::string_view, std::string_view>{name, file})) problems.add(ErrorCode::missing_tensor, name + ": the index puts it into " + file + ", which does not hold it");
+    if (problems.empty() && !options_.ignore_total_size && scan.total_size >= 0 && static_cast<std::uint64_t>(scan.total_size) != total) {
+      problems.add(ErrorCode::index_mismatch, "the index says that tensors have " + std::to_string(scan.total_size) + " bytes in all, and they have " + std::to_string(total));
+      problems.hint("SafeTensorsOptions::ignore_total_size loads it nevertheless");
+    }
+    problems.raise();
+  }
+
+  static void restore_names(FoundFile& file, std::vector<RecordGroup> const& groups) {
+    auto const slash = file.path.rfind('/');
+    std::string const directory = slash == std::string::npos ? "" : file.path.substr(0, slash);
+    for (auto const& group : groups) {
+      if (!group.strip || group.prefix.empty() || group.directory != directory) continue;
+      for (auto& tensor : file.tensors) tensor.name = group.prefix + '.' + tensor.name;
+      for (auto& tie : file.ties) tie = {group.prefix + '.' + tie.dropped, group.prefix + '.' + tie.kept};
+      return;
+    }
+  }
+
+  SafeTensorsOptions options_;
+  std::vector<RecordGroup> groups_;
+};
+}  // namespace detail
+
+template <>
+struct MediumPlace<LocalFs> {
+  using type = std::filesystem::path;
+  static PlaceRef locate(type const& place) { return {std::make_shared<MediumModel<LocalFs>>(LocalFs{}), place.string()}; }
+};
+
+/// safetensors over any medium. Place: std::filesystem::path for LocalFs, {medium, prefix} for others.
+template <class M>
+struct BasicSafeTensors {
+  using Place = typename MediumPlace<M>::type;
+  using Options = SafeTensorsOptions;
+  static std::unique_ptr<AnyStorage> open(Options const& options) { return std::make_unique<detail::SafeTensorsDriver>(options); }
+  static PlaceRef locate(Place const& place) { return MediumPlace<M>::locate(place); }
+};
+
+/// Example   dcp::save<dcp::SafeTensors>(world, "ckpt/step-100", state);
+using SafeTensors = BasicSafeTensors<LocalFs>;
+static_assert(Storage<SafeTensors>);
+
+}  // namespace dcp

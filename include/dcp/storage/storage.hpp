@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// A storage is a format spoken over a medium: it says which bytes a state becomes and what the bytes of a directory mean. It never
+// talks to ranks and never moves tensor data; the checkpoint floor does, by the plan that a storage makes.
+
+#include <dcp/formats/commit_record.hpp>
+#include <dcp/media/medium.hpp>
+#include <dcp/plan/catalog.hpp>
+#include <dcp/plan/save_plan.hpp>
+
+#include <concepts>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace dcp {
+
+/// A place, whatever its storage: a medium and a path in it.
+struct PlaceRef {
+  std::shared_ptr<AnyMedium> medium;
+  std::string path;
+};
+
+/// What a storage plans files for. Equal on all ranks but for `rank`.
+struct SaveRequest {
+  std::vector<TensorSpec> const& tensors;
+  Shares const& shares;
+  std::vector<Tie> const& ties;
+  std::int64_t rank, ranks;
+};
+
+/// The data files of a checkpoint, and what an index says of them.
+struct Scan {
+  std::string directory;                                             // that the paths are relative to
+  std::vector<std::string> files;                                    // in the order in which overlapping pieces count
+  bool indexed = false;
+  std::vector<std::pair<std::string, std::string>> index;            // tensor -> file, sorted
+  std::int64_t total_size = -1;                                      // what the index says, -1 if it does not
+  std::vector<std::string> warnings;
+};
+
+/// What the checkpoint floor asks of a storage.
+class AnyStorage {
+ public:
+  virtual ~AnyStorage() = default;
+
+  virtual std::string_view name() const = 0;
+  virtual std::string file_layout() const = 0;
+  /// Options in words: ranks compare them, so that all plan the same files.
+  virtual std::string options_text() const = 0;
+  /// Problems of options with these tensors come as one Error. Pure, no I/O.
+  virtual FilePlan plan_files(SaveRequest const& request) const = 0;
+  /// Where names lie, for the commit record.
+  virtual std::vector<RecordGroup> groups() const = 0;
+  /// Files to copy into the checkpoint: name there, and its bytes. Called on one rank.
+  virtual std::vector<std::pair<std::string, Bytes>> extra_files() const = 0;
+
+  /// Which data files there are. `record`: the commit record, nullptr for a foreign checkpoint. Called on one rank.
+  virtual Scan scan(AnyMedium& medium, std::string const& path, CommitRecord const* record) const = 0;
+  /// What the header of one of them says. Ranks call it for different files.
+  virtual FoundFile read_header(AnyMedium& medium, Scan const& scan, std::string const& file) const = 0;
+  /// Everything together, checked against index and record. Pure.
+  virtual Catalog assemble(Scan const& scan, std::vector<FoundFile> found, CommitRecord const* record) const = 0;
+};
+
+namespace detail {
+// One sentence per missing piece of a storage type.
+template <class S>
+struct storage_has_a_place {
+  static_assert(requires { typename S::Place; }, "dcp: a Storage needs a member type  Place  - the second argument of save and load");
+};
+template <class S>
+struct storage_has_options {
+  static_assert(requires { typename S::Options; }, "dcp: a Storage needs a member type  Options  - an aggregate; empty if there is nothing to choose");
+};
+template <class S>
+struct storage_opens {
+  static_assert(requires(typename S::Options const& options) { { S::open(options) } -> std::convertible_to<std::unique_ptr<AnyStorage>>; },
+                "dcp: a Storage needs  static std::unique_ptr<AnyStorage> open(Options const&)  - the driver that plans and reads its files");
+};
+template <class S>
+struct storage_locates {
+  static_assert(requires(typename S::Place const& place) { { S::locate(place) } -> std::convertible_to<PlaceRef>; },
+                "dcp: a Storage needs  static PlaceRef locate(Place const&)  - the medium of a place, and the path in it");
+};
+template <class S>
+inline constexpr bool is_storage = requires {
+  typename S::Place;
+  typename S::Options;
+  requires requires(typename S::Options const& options, typename S::Place const& place) {
+    { S::open(options) } -> std::convertible_to<std::unique_ptr<AnyStorage>>;
+    { S::locate(place) } -> std::convertible_to<PlaceRef>;
+  };
+};
+struct no_place {
+  template <class T>
+  no_place(T const&) {}
+};
+struct no_options {};
+template <class S>
+struct place_of {
+  using type = no_place;
+};
+template <class S>
+  requires requires { typename S::Place; }
+struct place_of<S> {
+  using type = typename S::Place;
+};
+template <class S>
+struct options_of {
+  using type = no_options;
+};
+template <class S>
+  requires requires { typename S::Options; }
+struct options_of<S> {
+  using type = typename S::Options;
+};
+}  // namespace detail
+
+/// A type is a Storage when it says what a place is and how its driver is opened. See SafeTensors.
+template <class S>
+concept Storage = detail::is_storage<S>;
+
+template <class S>
+using place_of = typename detail::place_of<S>::type;
+
+/// Where a medium's checkpoints are: a path for the file system, else the medium and a key prefix.
+template <class Medium>
+struct MediumPlace {
+  struct type {
+    Medium medium;
+    std::string prefix;
+  };
+  static PlaceRef locate(type const& place) { return {std::make_shared<MediumModel<Medium>>(place.medium), place.prefix}; }
+};
+
+}  // namespace dcp
