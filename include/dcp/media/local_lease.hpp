@@ -70,7 +70,7 @@ inline bool lease_is_alive(FileHandle const& file, bool locks) {
 
 class LocalLease final : public Lease {
  public:
-  explicit LocalLease(FileHandle file) : file_{std::move(file)} {}
+  explicit LocalLease(FileHandle file, std::chrono::milliseconds interval = lease_heartbeat) : file_{std::move(file)}, interval_{interval} {}
 
   ~LocalLease() override {
     // A child made by fork shares the lock; only who took it gives it back.
@@ -86,13 +86,14 @@ class LocalLease final : public Lease {
   void heartbeat() override {
     auto const now = std::chrono::steady_clock::now().time_since_epoch().count();
     auto last = beat_.load();
-    if (now - last < std::chrono::steady_clock::duration{lease_heartbeat}.count() || !beat_.compare_exchange_strong(last, now)) return;
+    if (now - last < std::chrono::steady_clock::duration{interval_}.count() || !beat_.compare_exchange_strong(last, now)) return;
     // A beat that fails is no reason to fail a save: the lock still stands.
     ::futimens(file_.descriptor(), nullptr);
   }
 
  private:
   FileHandle file_;
+  std::chrono::milliseconds interval_;
   pid_t owner_ = ::getpid();
   std::atomic<std::chrono::steady_clock::rep> beat_{std::chrono::steady_clock::now().time_since_epoch().count()};
 };

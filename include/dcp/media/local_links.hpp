@@ -76,7 +76,10 @@ inline FileHandle open_inside(std::string const& directory, std::string const& n
     struct stat status {};
     try {
       auto next = FileHandle::open_at(folder, components[i], O_NOFOLLOW | (last ? O_RDONLY | O_NONBLOCK : O_PATH | O_DIRECTORY));
-      if (last) return next.require_regular(), next;
+      if (last) {
+        next.require_regular();
+        return next;
+      }
       folder = std::move(next);
     } catch (Error const& error) {
       if (error.system_error() != ELOOP && error.system_error() != ENOTDIR) throw;

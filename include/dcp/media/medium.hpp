@@ -33,7 +33,7 @@ struct DirectoryEntry {
 class WritableFile {
  public:
   virtual ~WritableFile() = default;
-  /// Writes all of `bytes` at `offset`, through interruptions and short writes. Throws Error(io).
+  /// Writes all of `bytes` at `offset`, through interruptions and short writes. A gap before `offset` reads as zeros. Throws Error(io).
   virtual void write_at(std::uint64_t offset, ConstByteSpan bytes) = 0;
   /// Cuts or extends (with zeros) the file to `size` bytes.
   virtual void resize(std::uint64_t size) = 0;
@@ -52,7 +52,8 @@ class ReadableFile {
   virtual void read_at(std::uint64_t offset, ByteSpan out) = 0;
 };
 
-/// Held while a save is under way; its release (or the death of its holder) tells others that the attempt is abandoned.
+/// Held while a save is under way; its release (or the death of its holder) tells others that the attempt is abandoned. Release
+/// removes the file where it was made; a directory that is published under another name must not contain it any more.
 class Lease {
  public:
   virtual ~Lease() = default;
@@ -69,7 +70,9 @@ class AnyMedium {
   virtual bool renames_directories() const = 0;    // publish_new and move_directory; without them the commit record written last is the commit
   virtual bool shared_by_ranks() const = 0;        // false only for media inside one process
 
-  // Files. open_write creates the file if it is not there and never truncates it.
+  // Every call throws Error(missing_file) where a name that it needs is not there, Error(io) with the errno for other refusals.
+
+  // Files. open_write creates the file if it is not there and never truncates it; open files outlive their names.
   virtual std::unique_ptr<WritableFile> open_write(std::string const& path) = 0;
   virtual std::unique_ptr<ReadableFile> open_read(std::string const& path) = 0;   // Error(missing_file) if it is not there
   virtual void rename_file(std::string const& from, std::string const& to) = 0;   // replaces `to`
@@ -85,7 +88,7 @@ class AnyMedium {
   virtual bool publish_new(std::string const& from, std::string const& to) = 0;
   /// Exchanges two directories atomically; false, and nothing done, where the medium cannot.
   virtual bool exchange_directories(std::string const& a, std::string const& b) = 0;
-  virtual void remove_tree(std::string const& path) = 0;                          // no error if it is not there
+  virtual void remove_tree(std::string const& path) = 0;                          // no error if it is not there; links are not followed
 
   /// A lease on `path` (a file that this call creates), or nullptr if another holder has it and is alive.
   virtual std::unique_ptr<Lease> acquire_lease(std::string const& path) = 0;
@@ -93,7 +96,8 @@ class AnyMedium {
   /// The path with links resolved and made absolute; the last component need not exist. Throws Error(invalid_argument) for
   /// places that cannot be replaced as a whole: a root, a mount point, the current directory or a parent of it.
   virtual std::string resolve_place(std::string const& path) = 0;
-  /// Blocks of this size are written by one rank only: the unit that the medium reads, changes and writes as a whole.
+  /// Blocks of this size are written by one rank only: the unit that the medium reads, changes and writes as a whole. A power of
+  /// two; may differ between machines, so that one rank asks and tells the others. Throws Error(missing_file).
   virtual std::uint64_t block_bytes(std::string const& directory) = 0;
 };
 
