@@ -73,7 +73,9 @@ TEST_CASE("write_index: golden indexes are written again with the same lines") {
 }
 
 TEST_CASE("write_index: indented by two, sorted, ASCII, with a final newline") {
-  Index const index{64, {{"b", "model-00002-of-00002.safetensors"}, {"\xc3\xa9", "model-00001-of-00002.safetensors"}, {"a\"", "model-00001-of-00002.safetensors"}}, {{"z", "a\""}, {"lm_head.weight", "b"}}};
+  Index const index{64,
+                    {{"b", "model-00002-of-00002.safetensors"}, {"\xc3\xa9", "model-00001-of-00002.safetensors"}, {"a\"", "model-00001-of-00002.safetensors"}},
+                    {{"z", "a\""}, {"lm_head.weight", "b"}}};
   std::string const expected = R"({
   "metadata": {
     "lm_head.weight": "b",
@@ -110,7 +112,9 @@ TEST_CASE("parse_index: text that is no index (I02 to I05, I25 to I27)") {
   using namespace std::string_literals;
   std::string const good = with_file("x.safetensors");
   CHECK(outcome_of(good) == "ok");
-  for (std::string const& json : {""s, "  "s, "not JSON"s, "\xEF\xBB\xBF"s + good, good + "x", good + "{}", good + '\0', "{"s, R"({"weight_map":{"a":"x.safetensors",}})"s}) CHECK(outcome_of(json) == "bad_json");
+  for (std::string const& json :
+       {""s, "  "s, "not JSON"s, "\xEF\xBB\xBF"s + good, good + "x", good + "{}", good + '\0', "{"s, R"({"weight_map":{"a":"x.safetensors",}})"s})
+    CHECK(outcome_of(json) == "bad_json");
   CHECK(outcome_of(with_file("x.safetensors") + "\xff") == "bad_utf8");
   CHECK(outcome_of("{\"weight_map\":{\"\xc0\x80\":\"x.safetensors\"}}") == "bad_utf8");
   for (char const* root : {"[]", "\"x\"", "null", "1"}) CHECK(outcome_of(root) == "bad_schema");
@@ -135,25 +139,56 @@ TEST_CASE("parse_index: text that is no index (I02 to I05, I25 to I27)") {
 
 TEST_CASE("parse_index: file names that are more than a file name (I06 to I12)") {
   using namespace std::string_literals;
-  for (std::string const& file :
-       {""s, "../model.safetensors"s, "a/../../b.safetensors"s, "/etc/passwd"s, "/tmp/x.safetensors"s, "C:x.safetensors"s, "C:\\x"s, "C:\\x.safetensors"s, "\\\\host\\share\\x.safetensors"s, "\\x.safetensors"s,
-        "..\\x.safetensors"s, "sub/model.safetensors"s, "a\0.safetensors"s, "\0x.safetensors"s, "x.safetensors\0"s, "a\n.safetensors"s, "file://x"s, "file://x.safetensors"s, "~/.x"s, "~/x.safetensors"s,
-        "$HOME/x"s, "$HOME.safetensors"s, "model.bin"s, "model.safetensors.pkl"s, "model.SAFETENSORS"s, ".."s, "."s, ".safetensors"s, "..safetensors"s, "x.safetensors/"s, "x.safetensors "s, "a\x7f.safetensors"s,
-        std::string(250, 'x') + ".safetensors"}) {
+  for (std::string const& file : {""s,
+                                  "../model.safetensors"s,
+                                  "a/../../b.safetensors"s,
+                                  "/etc/passwd"s,
+                                  "/tmp/x.safetensors"s,
+                                  "C:x.safetensors"s,
+                                  "C:\\x"s,
+                                  "C:\\x.safetensors"s,
+                                  "\\\\host\\share\\x.safetensors"s,
+                                  "\\x.safetensors"s,
+                                  "..\\x.safetensors"s,
+                                  "sub/model.safetensors"s,
+                                  "a\0.safetensors"s,
+                                  "\0x.safetensors"s,
+                                  "x.safetensors\0"s,
+                                  "a\n.safetensors"s,
+                                  "file://x"s,
+                                  "file://x.safetensors"s,
+                                  "~/.x"s,
+                                  "~/x.safetensors"s,
+                                  "$HOME/x"s,
+                                  "$HOME.safetensors"s,
+                                  "model.bin"s,
+                                  "model.safetensors.pkl"s,
+                                  "model.SAFETENSORS"s,
+                                  ".."s,
+                                  "."s,
+                                  ".safetensors"s,
+                                  "..safetensors"s,
+                                  "x.safetensors/"s,
+                                  "x.safetensors "s,
+                                  "a\x7f.safetensors"s,
+                                  std::string(250, 'x') + ".safetensors"}) {
     CAPTURE(file);
     CHECK(outcome_of(with_file(file)) == "unsafe_path");
     CHECK(outcome([&] { check_file_name(file); }) == "unsafe_path");
     if (file != "sub/model.safetensors") CHECK(outcome([&] { check_file_name(file, true); }) == "unsafe_path");
   }
   CHECK(outcome([] { check_file_name("\xff.safetensors"); }) == "unsafe_path");
-  for (std::string const& file : {"model.safetensors"s, "model-00001-of-00002.safetensors"s, "model.fp16-00001-of-00002.safetensors"s, "\xc3\xa9 x.safetensors"s, "a..b.safetensors"s, std::string(243, 'x') + ".safetensors"}) {
+  for (std::string const& file : {"model.safetensors"s, "model-00001-of-00002.safetensors"s, "model.fp16-00001-of-00002.safetensors"s,
+                                  "\xc3\xa9 x.safetensors"s, "a..b.safetensors"s, std::string(243, 'x') + ".safetensors"}) {
     CAPTURE(file);
     CHECK(outcome_of(with_file(file)) == "ok");
   }
   IndexOptions const deep{.allow_subdirectories = true};
   CHECK(outcome_of(with_file("sub/model.safetensors"), deep) == "ok");
   CHECK(outcome_of(with_file("a/b/c.safetensors"), deep) == "ok");
-  for (char const* file : {"/sub/x.safetensors", "sub//x.safetensors", "sub/../x.safetensors", "./x.safetensors", "sub/.x.safetensors", "sub\\x.safetensors", "sub/~x.safetensors"}) CHECK(outcome_of(with_file(file), deep) == "unsafe_path");
+  for (char const* file : {"/sub/x.safetensors", "sub//x.safetensors", "sub/../x.safetensors", "./x.safetensors", "sub/.x.safetensors", "sub\\x.safetensors",
+                           "sub/~x.safetensors"})
+    CHECK(outcome_of(with_file(file), deep) == "unsafe_path");
   CHECK(write_index({1, {{"a", "s/x.safetensors"}}, {}}, deep).find("s/x.safetensors") != std::string::npos);
 }
 
@@ -180,7 +215,9 @@ TEST_CASE("parse_index: metadata (I22 to I24)") {
   CHECK(!parse(with_metadata("{}")).total_size);
   CHECK(outcome_of(R"({"weight_map":{"a":"x.safetensors"}})") == "ok");
   for (char const* metadata : {"[]", "\"x\"", "1", "false"}) CHECK(outcome_of(with_metadata(metadata)) == "bad_schema");
-  Index const index = parse(R"({"x":[{}],"weight_map":{"b":"x.safetensors","a":"y.safetensors"},"metadata":{"total_parameters":7,"tied":"a","more":{"total_size":3},"also":"b"},"y":null})");
+  Index const index = parse(
+      R"({"x":[{}],"weight_map":{"b":"x.safetensors","a":"y.safetensors"},"metadata":{"total_parameters":7,"tied":"a",)"
+      R"("more":{"total_size":3},"also":"b"},"y":null})");
   CHECK(index == Index{std::nullopt, {{"a", "y.safetensors"}, {"b", "x.safetensors"}}, {{"also", "b"}, {"tied", "a"}}});
 }
 
@@ -190,7 +227,8 @@ TEST_CASE("file names: five digits at least, counted from one") {
   CHECK(shard_file_name(3, 1, 5) == "shard-00003-model-00001-of-00005.safetensors");
   CHECK(shard_file_name(INT32_MAX, INT32_MAX, INT32_MAX) == "shard-2147483647-model-2147483647-of-2147483647.safetensors");
   CHECK(index_file_name == "model.safetensors.index.json");
-  for (std::string const& name : {model_file_name(1, 1), shard_file_name(8, 2, 2), std::string{single_file_name}}) CHECK(outcome([&] { check_file_name(name); }) == "ok");
+  for (std::string const& name : {model_file_name(1, 1), shard_file_name(8, 2, 2), std::string{single_file_name}})
+    CHECK(outcome([&] { check_file_name(name); }) == "ok");
   CHECK(outcome([] { model_file_name(0, 3); }) == "invalid_argument");
   CHECK(outcome([] { model_file_name(4, 3); }) == "invalid_argument");
   CHECK(outcome([] { shard_file_name(0, 1, 1); }) == "invalid_argument");
@@ -198,12 +236,27 @@ TEST_CASE("file names: five digits at least, counted from one") {
 }
 
 TEST_CASE("bad/hf_*: what the bytes alone tell is refused, the rest is left to the storage") {
-  std::map<std::string, std::string> const codes{
-      {"hf_parent_path", "unsafe_path"}, {"hf_absolute_path", "unsafe_path"}, {"hf_backslash_path", "unsafe_path"}, {"hf_nul_path", "unsafe_path"}, {"hf_duplicate_key", "duplicate_key"},
-      {"hf_index_not_json", "bad_json"}, {"hf_index_no_weight_map", "bad_schema"}, {"hf_index_value_not_string", "bad_schema"}, {"hf_dcp_info_not_json", "bad_schema"},
-      {"hf_dcp_info_lacks_tensor", "index_mismatch"}, {"hf_dcp_offset_rank", "bad_schema"}, {"hf_dcp_offset_negative", "bad_schema"}, {"hf_dcp_offset_2_63", "overflow"},
-      // between files: absent files, tensors in none or two of them, holes, overlaps, differing dtypes
-      {"hf_missing_file", "ok"}, {"hf_tensor_not_in_shard", "ok"}, {"hf_tensor_in_two_files", "ok"}, {"hf_dcp_overlap_differs", "ok"}, {"hf_dcp_hole", "ok"}, {"hf_dcp_dtype_differs", "ok"}, {"hf_dcp_ok", "ok"}};
+  std::map<std::string, std::string> const codes{{"hf_parent_path", "unsafe_path"},
+                                                 {"hf_absolute_path", "unsafe_path"},
+                                                 {"hf_backslash_path", "unsafe_path"},
+                                                 {"hf_nul_path", "unsafe_path"},
+                                                 {"hf_duplicate_key", "duplicate_key"},
+                                                 {"hf_index_not_json", "bad_json"},
+                                                 {"hf_index_no_weight_map", "bad_schema"},
+                                                 {"hf_index_value_not_string", "bad_schema"},
+                                                 {"hf_dcp_info_not_json", "bad_schema"},
+                                                 {"hf_dcp_info_lacks_tensor", "index_mismatch"},
+                                                 {"hf_dcp_offset_rank", "bad_schema"},
+                                                 {"hf_dcp_offset_negative", "bad_schema"},
+                                                 {"hf_dcp_offset_2_63", "overflow"},
+                                                 // between files: absent files, tensors in none or two of them, holes, overlaps, differing dtypes
+                                                 {"hf_missing_file", "ok"},
+                                                 {"hf_tensor_not_in_shard", "ok"},
+                                                 {"hf_tensor_in_two_files", "ok"},
+                                                 {"hf_dcp_overlap_differs", "ok"},
+                                                 {"hf_dcp_hole", "ok"},
+                                                 {"hf_dcp_dtype_differs", "ok"},
+                                                 {"hf_dcp_ok", "ok"}};
   std::size_t folders = 0, damaged = 0;
   auto const cases = golden::json_of(golden::root() / "bad" / "bad.json");
   for (auto const& entry : cases["cases"]) {

@@ -25,7 +25,9 @@ Header read(std::string const& file, ParseOptions options = {}) {
 std::string outcome_of(std::string const& file, ParseOptions options = {}) {
   return outcome([&] { read(file, options); });
 }
-std::string outcome_of_json(std::string const& json, std::size_t data_bytes = 0, ParseOptions options = {}) { return outcome_of(file_with(json, data_bytes), options); }
+std::string outcome_of_json(std::string const& json, std::size_t data_bytes = 0, ParseOptions options = {}) {
+  return outcome_of(file_with(json, data_bytes), options);
+}
 
 std::string tensor(std::string const& dtype, std::string const& shape, std::string const& offsets) {
   return R"({"dtype":)" + dtype + R"(,"shape":)" + shape + R"(,"data_offsets":)" + offsets + "}";
@@ -72,11 +74,11 @@ TEST_CASE("parse_header: every golden file has the tensors that its expected.jso
     CHECK(header.data_begin + cursor == file.size());
     if (expected.contains("metadata")) {
       CHECK(header.metadata.size() == expected["metadata"].size());
-      for (auto const& [key, value] : expected["metadata"].items()) {
-        CAPTURE(key);
-        auto const found = header.find_metadata(key);
+      for (auto const& entry : expected["metadata"].items()) {
+        CAPTURE(entry.key());
+        auto const found = header.find_metadata(entry.key());
         REQUIRE(found);
-        CHECK(*found == value.get<std::string>());
+        CHECK(*found == entry.value().get<std::string>());
       }
     }
     ++files;
@@ -88,14 +90,17 @@ TEST_CASE("write_header: the headers of golden files come back byte for byte, me
   int same = 0;
   for (auto const& path : golden::files_below(golden::root(), ".safetensors")) {
     std::string const file = golden::text_of(path);
-    bool const by_reference = path.string().find("/bad/") == std::string::npos && path.string().find("consolidated") == std::string::npos && path.string().find("unaligned") == std::string::npos;
+    bool const by_reference = path.string().find("/bad/") == std::string::npos && path.string().find("consolidated") == std::string::npos &&
+                              path.string().find("unaligned") == std::string::npos;
     if (!by_reference) continue;   // packed by hand, or by the consolidation that writes JSON of its own
     CAPTURE(path.string());
     Header header = read(file);
     std::string const again = written(header.tensors, header.metadata);
     std::string const original = file.substr(0, static_cast<std::size_t>(header.data_begin));
     CHECK(again.size() == original.size());
-    auto const tensors_of = [](std::string const& text) { return text.substr(text.find("\"__metadata__\"") == std::string::npos ? 8 : text.find("\"},\"") + 2); };
+    auto const tensors_of = [](std::string const& text) {
+      return text.substr(text.find("\"__metadata__\"") == std::string::npos ? 8 : text.find("\"},\"") + 2);
+    };
     if (header.metadata.size() < 2) CHECK(again == original);
     else CHECK(tensors_of(again) == tensors_of(original));   // the order of two metadata keys is random in the reference
     Header const reread = parse_header(as_byte_span(std::string_view{again}.substr(8)), file.size());
@@ -110,10 +115,12 @@ TEST_CASE("write_header: the golden byte strings of the reference's own tests") 
   CHECK(written({}) == little_endian(8) + "{}      ");
   CHECK(written({}, {{"framework", "pt"}}) == little_endian(0x28) + R"({"__metadata__":{"framework":"pt"}}     )");
   CHECK(written({info("attn.0", DType::f32, {1, 2, 3})}) == little_endian(0x40) + R"({"attn.0":{"dtype":"F32","shape":[1,2,3],"data_offsets":[0,24]}})");
-  CHECK(written({info("attn0", DType::f32, {1, 1, 2, 3})}) == little_endian(0x48) + R"({"attn0":{"dtype":"F32","shape":[1,1,2,3],"data_offsets":[0,24]}}       )");
+  CHECK(written({info("attn0", DType::f32, {1, 1, 2, 3})}) ==
+        little_endian(0x48) + R"({"attn0":{"dtype":"F32","shape":[1,1,2,3],"data_offsets":[0,24]}}       )");
   CHECK(written({info("attn.0", DType::f4, {1, 2})}) == little_endian(0x40) + R"({"attn.0":{"dtype":"F4","shape":[1,2],"data_offsets":[0,1]}}    )");
   CHECK(written({info("test2", DType::f16, {2, 2}), info("test1", DType::i32, {2, 2})}) ==
-        little_endian(0x80) + R"({"test1":{"dtype":"I32","shape":[2,2],"data_offsets":[0,16]},"test2":{"dtype":"F16","shape":[2,2],"data_offsets":[16,24]}})" + "      ");
+        little_endian(0x80) + R"({"test1":{"dtype":"I32","shape":[2,2],"data_offsets":[0,16]},"test2":{"dtype":"F16","shape":[2,2],"data_offsets":[16,24]}})" +
+            "      ");
   std::string const file = sample();
   CHECK(file.size() == 223);
   CHECK(file.substr(0, 208) == written({info("q", DType::f8_e4m3, {3}), info("b", DType::bf16, {2}), info("w", DType::f32, {2})}, {{"format", "pt"}}));
@@ -121,9 +128,11 @@ TEST_CASE("write_header: the golden byte strings of the reference's own tests") 
 
 TEST_CASE("write_header: the worked example of a sharded file of torch.distributed.checkpoint") {
   std::string const expected =
-      R"({"__metadata__":{"DCP_SHARDING_INFO":"{\"dtensor\": {\"saved_offsets\": [2, 0]}}","DCP_VERSION":"1.0","format":"pt"},"dtensor":{"dtype":"F32","shape":[2,4],"data_offsets":[0,32]}}     )";
+      R"({"__metadata__":{"DCP_SHARDING_INFO":"{\"dtensor\": {\"saved_offsets\": [2, 0]}}","DCP_VERSION":"1.0","format":"pt"},)"
+      R"("dtensor":{"dtype":"F32","shape":[2,4],"data_offsets":[0,32]}}     )";
   CHECK(expected.size() == 184);
-  CHECK(written({info("dtensor", DType::f32, {2, 4})}, {{"format", "pt"}, {"DCP_VERSION", "1.0"}, {"DCP_SHARDING_INFO", write_sharding_info({{"dtensor", {2, 0}}})}}) ==
+  CHECK(written({info("dtensor", DType::f32, {2, 4})},
+                {{"format", "pt"}, {"DCP_VERSION", "1.0"}, {"DCP_SHARDING_INFO", write_sharding_info({{"dtensor", {2, 0}}})}}) ==
         little_endian(184) + expected);
 }
 
@@ -189,7 +198,9 @@ TEST_CASE("assign_offsets: widest dtype first, then names by bytes, without gaps
   CHECK(order == "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 F6_E3M2 F6_E2M3 F4 BOOL ");
   CHECK(outcome([] { written({info("a", DType::f6_e2m3, {3})}); }) == "misaligned");
   std::vector<TensorInfo> huge(9, info("x", DType::u8, {(std::int64_t{1} << 61) - 1}));
+  auto const before = huge;
   CHECK(outcome([&] { assign_offsets(huge); }) == "overflow");
+  CHECK(huge == before);
 }
 
 TEST_CASE("tensor_bytes: checked in every order of the dimensions") {
@@ -288,7 +299,8 @@ TEST_CASE("parse_header: text that is no UTF-8 or no JSON (S12 to S22, S69)") {
   CHECK(outcome_of_json("\0{}"s) == "bad_json");
   CHECK(outcome_of_json("{}\0\0\0"s) == "bad_json");
   CHECK(outcome_of_json("{\"a\0\":1}"s) == "bad_json");
-  for (char const* json : {"{}x", "{}{}", R"({"a":1,})", "{}//", "/**/{}", "{'a':1}", "", "   ", "\v{}", "\xC2\xA0{}", "{\"a\"}", "{\"\xE2\x82\xAC\":}"}) CHECK(outcome_of_json(json) == "bad_json");
+  for (char const* json : {"{}x", "{}{}", R"({"a":1,})", "{}//", "/**/{}", "{'a':1}", "", "   ", "\v{}", "\xC2\xA0{}", "{\"a\"}", "{\"\xE2\x82\xAC\":}"})
+    CHECK(outcome_of_json(json) == "bad_json");
   CHECK(outcome_of_json(one(R"("U8")", "[1,]", "[0,1]"), 1) == "bad_json");
   CHECK(outcome_of_json(one(R"("U8")", "[NaN]", "[0,1]"), 1) == "bad_json");
   CHECK(outcome_of_json(one(R"("U8")", "[Infinity]", "[0,1]"), 1) == "bad_json");
@@ -317,7 +329,8 @@ TEST_CASE("parse_header: numbers are plain unsigned integers (S23 to S29, S37 to
     CHECK(outcome_of_json(one(R"("U8")", std::string{"["} + size + "]", "[0,1]"), 1) == "bad_json");
   }
   for (char const* shape : {"null", "1", "{}", "\"[1]\"", "false"}) CHECK(outcome_of_json(one(R"("U8")", shape, "[0,1]"), 1) == "bad_schema");
-  for (char const* offsets : {"[1]", "[]", "[0,1,2]", "{}", "{\"begin\":0,\"end\":1}", "null", "0", "[false,true]", "[0.0,1.0]"}) CHECK(outcome_of_json(one(R"("U8")", "[1]", offsets), 1) == "bad_schema");
+  for (char const* offsets : {"[1]", "[]", "[0,1,2]", "{}", "{\"begin\":0,\"end\":1}", "null", "0", "[false,true]", "[0.0,1.0]"})
+    CHECK(outcome_of_json(one(R"("U8")", "[1]", offsets), 1) == "bad_schema");
   CHECK(outcome_of_json(one(R"("U8")", "[1]", "[1,0]"), 1) == "bad_offsets");
   CHECK(outcome_of_json(R"({"a":{"x":1e400,)" + u8("[1]", "[0,1]").substr(1) + "}", 1) == "bad_json");
   CHECK(outcome_of_json(R"({"a":{"x":)" + std::string(10'000'000, '9') + "," + u8("[1]", "[0,1]").substr(1) + "}", 1) == "bad_json");
@@ -328,10 +341,12 @@ TEST_CASE("parse_header: a tensor is an object of dtype, shape and data_offsets 
   CHECK(outcome_of_json(R"({"a":{"dtype":"U8","shape":[1]}})", 1) == "bad_schema");
   CHECK(outcome_of_json(R"({"a":{"dtype":"U8","data_offsets":[0,1]}})", 1) == "bad_schema");
   CHECK(outcome_of_json(R"({"a":{}})") == "bad_schema");
-  for (char const* dtype : {"u8", "F128", "", " U8", "U8 ", "C128"}) CHECK(outcome_of_json(one('"' + std::string{dtype} + '"', "[1]", "[0,1]"), 1) == "unsupported_dtype");
+  for (char const* dtype : {"u8", "F128", "", " U8", "U8 ", "C128"})
+    CHECK(outcome_of_json(one('"' + std::string{dtype} + '"', "[1]", "[0,1]"), 1) == "unsupported_dtype");
   for (char const* dtype : {"4", "{\"U8\":null}", "null", "[\"U8\"]"}) CHECK(outcome_of_json(one(dtype, "[1]", "[0,1]"), 1) == "bad_schema");
   CHECK(outcome_of_json(one(R"("\u00558")", "[1]", "[0,1]"), 1) == "ok");
-  for (char const* value : {R"(["U8",[1],[0,1]])", "null", "\"x\"", "1", "true"}) CHECK(outcome_of_json(std::string{R"({"a":)"} + value + "}", 1) == "bad_schema");
+  for (char const* value : {R"(["U8",[1],[0,1]])", "null", "\"x\"", "1", "true"})
+    CHECK(outcome_of_json(std::string{R"({"a":)"} + value + "}", 1) == "bad_schema");
   CHECK(outcome_of_json(R"({"a":{"b":)" + u8("[1]", "[0,1]") + "}}", 1) == "bad_schema");
   for (char const* extra : {"1", "\"s\"", "null", "{\"deep\":[{}]}", "[[],{}]"}) {
     std::string const json = std::string{R"({"a":{"extra":)"} + extra + "," + u8("[1]", "[0,1]").substr(1) + "}";
@@ -378,7 +393,8 @@ TEST_CASE("parse_header: sizes that do not fit (S51 to S60, S79, S89)") {
   constexpr std::uint64_t most = (std::uint64_t{1} << 61) - 1;   // bytes of one U8 tensor; 8 of them and 7 bytes make 2^64 - 1
   for (std::uint64_t i = 0; i < 9; ++i) {
     std::uint64_t const begin = i * most, size = i < 8 ? most : 7;
-    nine += (i > 0 ? ",\"" : "\"") + std::to_string(i) + "\":" + u8('[' + std::to_string(size) + ']', '[' + std::to_string(begin) + ',' + std::to_string(begin + size) + ']');
+    nine += (i > 0 ? ",\"" : "\"") + std::to_string(i) +
+            "\":" + u8('[' + std::to_string(size) + ']', '[' + std::to_string(begin) + ',' + std::to_string(begin + size) + ']');
   }
   CHECK(nine.find(std::to_string(Limits::max())) != std::string::npos);
   CHECK(outcome_of_json(nine + "}", 16) == "truncated");
@@ -411,7 +427,10 @@ TEST_CASE("parse_header: nothing is there twice (S61 to S66)") {
   CHECK(outcome_of_json(R"({"__metadata__":{"k":"1","j":"","k":"2"}})") == "duplicate_key");
 
   ParseOptions const lenient{.allow_duplicate_names = true};
-  Header const last = read(file_with(R"({"__metadata__":{"k":"1","\u006b":"2"},"a":)" + u8("[2]", "[0,2]") + R"(,"b":)" + u8("[1]", "[1,2]") + R"(,"a":)" + tensor(R"("I8")", "[1]", "[0,1]") + "}", 2), lenient);
+  Header const last = read(file_with(R"({"__metadata__":{"k":"1","\u006b":"2"},"a":)" + u8("[2]", "[0,2]") + R"(,"b":)" + u8("[1]", "[1,2]") + R"(,"a":)" +
+                                         tensor(R"("I8")", "[1]", "[0,1]") + "}",
+                                     2),
+                           lenient);
   CHECK(last.metadata == Metadata{{"k", "2"}});
   REQUIRE(last.tensors.size() == 2);
   CHECK(last.tensors[0] == TensorInfo{"a", DType::i8, {1}, 0, 1});
@@ -421,7 +440,8 @@ TEST_CASE("parse_header: nothing is there twice (S61 to S66)") {
 }
 
 TEST_CASE("parse_header: metadata maps texts to texts (S67, S68)") {
-  for (char const* metadata : {R"({"a":1})", R"({"a":null})", R"({"a":{}})", R"({"a":[]})", R"({"a":true})", "[]", "\"x\"", "1", R"({"dtype":"U8","shape":[1],"data_offsets":[0,1]})"})
+  for (char const* metadata :
+       {R"({"a":1})", R"({"a":null})", R"({"a":{}})", R"({"a":[]})", R"({"a":true})", "[]", "\"x\"", "1", R"({"dtype":"U8","shape":[1],"data_offsets":[0,1]})"})
     CHECK(outcome_of_json(std::string{R"({"__metadata__":)"} + metadata + "}") == "bad_schema");
   CHECK(outcome_of_json(R"({"__metadata__":null})") == "ok");
   Header const header = read(file_with(R"({"b":)" + u8("[1]", "[0,1]") + R"(,"__metadata__":{"z":"1","":"\u0000","a":"\ud83d\ude80"}})", 1));
@@ -431,7 +451,8 @@ TEST_CASE("parse_header: metadata maps texts to texts (S67, S68)") {
 }
 
 TEST_CASE("parse_header: any UTF-8 is a name (S70, S71)") {
-  for (std::string const& name : {std::string{}, std::string{"\\u0000"}, std::string{"\\ud83d\\ude80"}, std::string{"../../x"}, std::string{"/etc/passwd"}, std::string(1'000'000, 'n')})
+  for (std::string const& name :
+       {std::string{}, std::string{"\\u0000"}, std::string{"\\ud83d\\ude80"}, std::string{"../../x"}, std::string{"/etc/passwd"}, std::string(1'000'000, 'n')})
     CHECK(outcome_of_json("{\"" + name + "\":" + u8("[1]", "[0,1]") + "}", 1) == "ok");
   CHECK(read(file_with(R"({"\ud83d\ude80":)" + u8("[1]", "[0,1]") + "}", 1)).tensors.at(0).name == "\xf0\x9f\x9a\x80");
 }
@@ -517,20 +538,55 @@ TEST_CASE("parse_header: an error names the tensor and the place") {
 }
 
 TEST_CASE("bad/st_*: malformed files are refused with the right code, odd but good ones are read") {
-  std::map<std::string, std::string> const codes{
-      {"st_empty", "truncated"}, {"st_seven_bytes", "truncated"}, {"st_header_len_zero", "bad_json"}, {"st_header_len_past_file", "bad_header_length"},
-      {"st_header_len_2_63", "limit"}, {"st_header_len_wraps", "limit"}, {"st_header_len_100MB", "bad_header_length"}, {"st_header_len_big_endian", "limit"},
-      {"st_truncated_header", "bad_header_length"}, {"st_truncated_data", "truncated"}, {"st_no_data", "truncated"}, {"st_trailing_byte", "trailing_data"},
-      {"st_zip_appended", "trailing_data"}, {"st_overlap_exact", "bad_offsets"}, {"st_overlap_partial", "bad_offsets"}, {"st_hole", "bad_offsets"},
-      {"st_first_offset_not_zero", "bad_offsets"}, {"st_offsets_reversed", "bad_offsets"}, {"st_offsets_past_end", "truncated"}, {"st_offsets_three", "bad_schema"},
-      {"st_size_mismatch", "size_mismatch"}, {"st_scalar_without_bytes", "size_mismatch"}, {"st_non_utf8", "bad_utf8"}, {"st_overlong_utf8", "bad_utf8"},
-      {"st_duplicate_tensor", "duplicate_key"}, {"st_duplicate_escaped", "duplicate_key"}, {"st_duplicate_field", "duplicate_key"},
-      {"st_duplicate_metadata_key", "duplicate_key"}, {"st_negative_shape", "bad_schema"}, {"st_float_shape", "bad_schema"}, {"st_string_shape", "bad_schema"},
-      {"st_shape_overflow", "overflow"}, {"st_shape_wraps_to_16", "overflow"}, {"st_overflow_before_zero", "overflow"}, {"st_overflow_after_zero", "overflow"},
-      {"st_unknown_dtype", "unsupported_dtype"}, {"st_lowercase_dtype", "unsupported_dtype"}, {"st_f4_odd", "misaligned"}, {"st_nested_130", "limit"},
-      {"st_nested_8000", "limit"}, {"st_metadata_number", "bad_schema"}, {"st_metadata_nested", "bad_schema"}, {"st_metadata_is_tensor", "bad_schema"},
-      {"st_nul_padding", "bad_json"}, {"st_bom", "bad_json"}, {"st_root_array", "bad_schema"}, {"st_tensor_as_array", "bad_schema"},
-      {"st_pickle_renamed", "limit"}, {"st_gguf_renamed", "limit"}};
+  std::map<std::string, std::string> const codes{{"st_empty", "truncated"},
+                                                 {"st_seven_bytes", "truncated"},
+                                                 {"st_header_len_zero", "bad_json"},
+                                                 {"st_header_len_past_file", "bad_header_length"},
+                                                 {"st_header_len_2_63", "limit"},
+                                                 {"st_header_len_wraps", "limit"},
+                                                 {"st_header_len_100MB", "bad_header_length"},
+                                                 {"st_header_len_big_endian", "limit"},
+                                                 {"st_truncated_header", "bad_header_length"},
+                                                 {"st_truncated_data", "truncated"},
+                                                 {"st_no_data", "truncated"},
+                                                 {"st_trailing_byte", "trailing_data"},
+                                                 {"st_zip_appended", "trailing_data"},
+                                                 {"st_overlap_exact", "bad_offsets"},
+                                                 {"st_overlap_partial", "bad_offsets"},
+                                                 {"st_hole", "bad_offsets"},
+                                                 {"st_first_offset_not_zero", "bad_offsets"},
+                                                 {"st_offsets_reversed", "bad_offsets"},
+                                                 {"st_offsets_past_end", "truncated"},
+                                                 {"st_offsets_three", "bad_schema"},
+                                                 {"st_size_mismatch", "size_mismatch"},
+                                                 {"st_scalar_without_bytes", "size_mismatch"},
+                                                 {"st_non_utf8", "bad_utf8"},
+                                                 {"st_overlong_utf8", "bad_utf8"},
+                                                 {"st_duplicate_tensor", "duplicate_key"},
+                                                 {"st_duplicate_escaped", "duplicate_key"},
+                                                 {"st_duplicate_field", "duplicate_key"},
+                                                 {"st_duplicate_metadata_key", "duplicate_key"},
+                                                 {"st_negative_shape", "bad_schema"},
+                                                 {"st_float_shape", "bad_schema"},
+                                                 {"st_string_shape", "bad_schema"},
+                                                 {"st_shape_overflow", "overflow"},
+                                                 {"st_shape_wraps_to_16", "overflow"},
+                                                 {"st_overflow_before_zero", "overflow"},
+                                                 {"st_overflow_after_zero", "overflow"},
+                                                 {"st_unknown_dtype", "unsupported_dtype"},
+                                                 {"st_lowercase_dtype", "unsupported_dtype"},
+                                                 {"st_f4_odd", "misaligned"},
+                                                 {"st_nested_130", "limit"},
+                                                 {"st_nested_8000", "limit"},
+                                                 {"st_metadata_number", "bad_schema"},
+                                                 {"st_metadata_nested", "bad_schema"},
+                                                 {"st_metadata_is_tensor", "bad_schema"},
+                                                 {"st_nul_padding", "bad_json"},
+                                                 {"st_bom", "bad_json"},
+                                                 {"st_root_array", "bad_schema"},
+                                                 {"st_tensor_as_array", "bad_schema"},
+                                                 {"st_pickle_renamed", "limit"},
+                                                 {"st_gguf_renamed", "limit"}};
   std::size_t refused = 0, read_well = 0, damaged = 0;
   auto const cases = golden::json_of(golden::root() / "bad" / "bad.json");
   for (auto const& entry : cases["cases"]) {
@@ -576,7 +632,8 @@ TEST_CASE("sharding info: golden files agree with themselves, and are written ag
 TEST_CASE("write_sharding_info: ASCII as json.dumps makes it") {
   CHECK(write_sharding_info({}) == "{}");
   CHECK(write_sharding_info({{"b", {2, 0}}, {"a", {}}}) == R"({"a": {"saved_offsets": []}, "b": {"saved_offsets": [2, 0]}})");
-  CHECK(write_sharding_info({{"\xc3\xa9\xf0\x9f\x9a\x80\x7f\"\n/", {INT64_MAX}}}) == R"({"\u00e9\ud83d\ude80\u007f\"\n/": {"saved_offsets": [9223372036854775807]}})");
+  CHECK(write_sharding_info({{"\xc3\xa9\xf0\x9f\x9a\x80\x7f\"\n/", {INT64_MAX}}}) ==
+        R"({"\u00e9\ud83d\ude80\u007f\"\n/": {"saved_offsets": [9223372036854775807]}})");
   CHECK(outcome([] { write_sharding_info({{"\xff", {}}}); }) == "bad_utf8");
   ShardingInfo const info{{"\xc3\xa9\xf0\x9f\x9a\x80\x7f\"\n", {3, 4}}, {"", {}}};
   CHECK(parse_sharding_info(write_sharding_info(info)) == info);
@@ -584,9 +641,29 @@ TEST_CASE("write_sharding_info: ASCII as json.dumps makes it") {
 
 TEST_CASE("parse_sharding_info is strict (I33, I34)") {
   auto const of = [](std::string const& json) { return outcome([&] { parse_sharding_info(json); }); };
-  for (char const* json : {"", "not JSON", "{", "{}x", "[]", "null", "1", "\"x\"", R"({"a":[0]})", R"({"a":null})", R"({"a":{}})", R"({"a":{"other":[0]}})", R"({"a":{"saved_offsets":0}})",
-                           R"({"a":{"saved_offsets":{}}})", R"({"a":{"saved_offsets":null}})", R"({"a":{"saved_offsets":[-1]}})", R"({"a":{"saved_offsets":[-0]}})", R"({"a":{"saved_offsets":[0.0]}})",
-                           R"({"a":{"saved_offsets":["0"]}})", R"({"a":{"saved_offsets":[[0]]}})", R"({"a":{"saved_offsets":[{}]}})", R"({"a":{"saved_offsets":[18446744073709551616]}})", "\xff"}) {
+  for (char const* json : {"",
+                           "not JSON",
+                           "{",
+                           "{}x",
+                           "[]",
+                           "null",
+                           "1",
+                           "\"x\"",
+                           R"({"a":[0]})",
+                           R"({"a":null})",
+                           R"({"a":{}})",
+                           R"({"a":{"other":[0]}})",
+                           R"({"a":{"saved_offsets":0}})",
+                           R"({"a":{"saved_offsets":{}}})",
+                           R"({"a":{"saved_offsets":null}})",
+                           R"({"a":{"saved_offsets":[-1]}})",
+                           R"({"a":{"saved_offsets":[-0]}})",
+                           R"({"a":{"saved_offsets":[0.0]}})",
+                           R"({"a":{"saved_offsets":["0"]}})",
+                           R"({"a":{"saved_offsets":[[0]]}})",
+                           R"({"a":{"saved_offsets":[{}]}})",
+                           R"({"a":{"saved_offsets":[18446744073709551616]}})",
+                           "\xff"}) {
     CAPTURE(json);
     CHECK(of(json) == "bad_schema");
   }

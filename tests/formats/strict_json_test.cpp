@@ -24,7 +24,9 @@ class Listener : public dcp::detail::JsonReader<Listener> {
   void on_close() { events += ')'; }
   void on_scalar(dcp::detail::JsonScalar const& scalar) {
     if (scalar.kind == dcp::detail::JsonKind::string && *scalar.text == "fault") fault(ErrorCode::bad_schema, "found fault");
-    events += scalar.kind == dcp::detail::JsonKind::natural ? std::to_string(scalar.natural) : scalar.kind == dcp::detail::JsonKind::string ? *scalar.text : std::string{to_string(scalar.kind)};
+    events += scalar.kind == dcp::detail::JsonKind::natural  ? std::to_string(scalar.natural)
+              : scalar.kind == dcp::detail::JsonKind::string ? *scalar.text
+                                                             : std::string{to_string(scalar.kind)};
     events += ' ';
   }
 
@@ -47,7 +49,8 @@ TEST_CASE("read_json reports values in order, and nothing of what is skipped") {
   CHECK(events_of(R"({"a":[1,"x"],"b":{"c":null}})") == "{a:[1 x )b:{c:null ))");
   CHECK(events_of(R"({"skip":{"a":[1,{}],"skip":{}},"b":[]})") == "{skip:{b:[))");
   CHECK(events_of(R"([0,-1,-0,1.5,18446744073709551615,18446744073709551616,true])") ==
-        "[0 a number that is no unsigned 64-bit integer a number that is no unsigned 64-bit integer a number that is no unsigned 64-bit integer 18446744073709551615 "
+        "[0 a number that is no unsigned 64-bit integer a number that is no unsigned 64-bit integer a number that is no unsigned 64-bit integer "
+        "18446744073709551615 "
         "a number that is no unsigned 64-bit integer true or false )");
 }
 
@@ -87,8 +90,11 @@ TEST_CASE("python_quoted: every character of the basic plane and beyond comes ba
     std::string text;
     if (point < 0x80) text += static_cast<char>(point);
     else if (point < 0x800) text += {static_cast<char>(0xc0 | point >> 6), static_cast<char>(0x80 | (point & 63))};
-    else if (point < 0x10000) text += {static_cast<char>(0xe0 | point >> 12), static_cast<char>(0x80 | (point >> 6 & 63)), static_cast<char>(0x80 | (point & 63))};
-    else text += {static_cast<char>(0xf0 | point >> 18), static_cast<char>(0x80 | (point >> 12 & 63)), static_cast<char>(0x80 | (point >> 6 & 63)), static_cast<char>(0x80 | (point & 63))};
+    else if (point < 0x10000)
+      text += {static_cast<char>(0xe0 | point >> 12), static_cast<char>(0x80 | (point >> 6 & 63)), static_cast<char>(0x80 | (point & 63))};
+    else
+      text += {static_cast<char>(0xf0 | point >> 18), static_cast<char>(0x80 | (point >> 12 & 63)), static_cast<char>(0x80 | (point >> 6 & 63)),
+               static_cast<char>(0x80 | (point & 63))};
     std::string const quoted = dcp::detail::python_quoted("a" + text + "b");
     CAPTURE(quoted);
     CHECK(nlohmann::json::parse(quoted).get<std::string>() == "a" + text + "b");

@@ -14,7 +14,8 @@ extern "C" int LLVMFuzzerTestOneInput(std::uint8_t const* data, std::size_t size
     try {
       Index const index = parse_index(std::as_bytes(std::span{data, size}), options);
       for (auto const& [tensor, file] : index.weight_map) {
-        bool const leaves = file.empty() || file[0] == '/' || file.find("..") == 0 || file.find("/..") != std::string::npos || file.find_first_of(std::string_view{"\0\\:", 3}) != std::string::npos;
+        bool const leaves = file.empty() || file[0] == '/' || file.find("..") == 0 || file.find("/..") != std::string::npos ||
+                            file.find_first_of(std::string_view{"\0\\:", 3}) != std::string::npos;
         if (leaves || index.find_file(tensor) != file) std::abort();
       }
       if (parse_index(dcp::as_byte_span(write_index(index, options)), options) != index) std::abort();

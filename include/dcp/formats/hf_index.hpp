@@ -35,7 +35,8 @@ struct Index {
 
   /// The file that holds `tensor`.
   std::optional<std::string_view> find_file(std::string_view tensor) const {
-    auto const found = std::lower_bound(weight_map.begin(), weight_map.end(), tensor, [](auto const& entry, std::string_view wanted) { return entry.first < wanted; });
+    auto const found =
+        std::lower_bound(weight_map.begin(), weight_map.end(), tensor, [](auto const& entry, std::string_view wanted) { return entry.first < wanted; });
     if (found == weight_map.end() || found->first != tensor) return std::nullopt;
     return found->second;
   }
@@ -55,7 +56,8 @@ inline void check_file_name(std::string_view name, bool allow_subdirectories = f
   auto const refused = [&](char const* problem) { return Error{ErrorCode::unsafe_path, "the file name " + detail::shown(name) + ' ' + problem}; };
   constexpr std::string_view extension = ".safetensors";
   if (first_invalid_utf8(name) != std::string_view::npos) throw Error{ErrorCode::unsafe_path, "a file name that is not UTF-8"};
-  if (std::any_of(name.begin(), name.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7F; })) throw refused("contains a control character");
+  if (std::any_of(name.begin(), name.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7F; }))
+    throw refused("contains a control character");
   if (name.find_first_of("\\:") != std::string_view::npos) throw refused("contains a backslash or a colon");
   if (!name.ends_with(extension)) throw refused("does not end in .safetensors");
   if (!allow_subdirectories && name.find('/') != std::string_view::npos)
@@ -64,7 +66,8 @@ inline void check_file_name(std::string_view name, bool allow_subdirectories = f
     std::string_view const part = rest.substr(0, rest.find('/'));
     if (part.empty()) throw refused("has an empty part");
     if (part.size() > 255) throw refused("is longer than 255 bytes");
-    if (part[0] == '.' || part[0] == '~' || part[0] == '$') throw refused("has a part that starts with a dot, a tilde or a dollar sign");   // "..", homes, variables
+    if (part[0] == '.' || part[0] == '~' || part[0] == '$')
+      throw refused("has a part that starts with a dot, a tilde or a dollar sign");  // "..", homes, variables
     rest.remove_prefix(std::min(rest.size(), part.size() + 1));
   }
 }
@@ -96,7 +99,8 @@ class IndexReader : public JsonReader<IndexReader> {
       metadata_keys.push_back(key);
     } else {
       if (index.weight_map.size() == options_.max_entries)
-        throw Error{ErrorCode::limit, "the index lists more than " + std::to_string(options_.max_entries) + " tensors"}.with_hint("IndexOptions::max_entries raises the limit");
+        throw Error{ErrorCode::limit, "the index lists more than " + std::to_string(options_.max_entries) + " tensors"}.with_hint(
+            "IndexOptions::max_entries raises the limit");
       index.weight_map.emplace_back(key, std::string{});
     }
   }
@@ -144,11 +148,15 @@ class IndexReader : public JsonReader<IndexReader> {
   enum class Value : std::uint8_t { other, metadata, map };
 
   void wrong(std::string_view kind) {
-    std::string const where = place_ == Place::document ? "the index" : place_ == Place::map ? "the file name of tensor " + shown(index.weight_map.back().first) : value_ == Value::map ? "weight_map" : "metadata";
+    std::string const where = place_ == Place::document ? "the index"
+                              : place_ == Place::map    ? "the file name of tensor " + shown(index.weight_map.back().first)
+                              : value_ == Value::map    ? "weight_map"
+                                                        : "metadata";
     fault(ErrorCode::bad_schema, where + " is " + std::string{kind} + "; it must be " + (place_ == Place::map ? "a string" : "an object"));
   }
   void bad_total_size(std::string const& problem) {
-    if (!options_.ignore_bad_total_size) fault(Error{ErrorCode::bad_schema, "metadata.total_size " + problem}.with_hint("IndexOptions::ignore_bad_total_size reads the index without it"));
+    if (!options_.ignore_bad_total_size)
+      fault(Error{ErrorCode::bad_schema, "metadata.total_size " + problem}.with_hint("IndexOptions::ignore_bad_total_size reads the index without it"));
   }
 
   IndexOptions options_;
@@ -176,7 +184,8 @@ inline std::string model_file_name(int index, int count) {
 /// shard-00002-model-00001-of-00003.safetensors: the part of a model file that one rank holds; `shard` is the rank + 1.
 inline std::string shard_file_name(int shard, int index, int count) {
   if (shard < 1 || index < 1 || count < index)
-    throw Error{ErrorCode::invalid_argument, "there is no shard " + std::to_string(shard) + " of file " + std::to_string(index) + " of " + std::to_string(count)};
+    throw Error{ErrorCode::invalid_argument,
+                "there is no shard " + std::to_string(shard) + " of file " + std::to_string(index) + " of " + std::to_string(count)};
   return detail::numbered("shard-%05d-model-%05d-of-%05d.safetensors", shard, index, count);
 }
 
@@ -186,7 +195,8 @@ inline std::string shard_file_name(int shard, int index, int count) {
 ///           index_mismatch if it lists no tensor
 inline Index parse_index(ConstByteSpan json, IndexOptions options = {}) {
   if (json.size() > options.max_bytes)
-    throw Error{ErrorCode::limit, "an index of " + std::to_string(json.size()) + " bytes; the limit is " + std::to_string(options.max_bytes)}.with_hint("IndexOptions::max_bytes raises it");
+    throw Error{ErrorCode::limit, "an index of " + std::to_string(json.size()) + " bytes; the limit is " + std::to_string(options.max_bytes)}.with_hint(
+        "IndexOptions::max_bytes raises it");
   detail::IndexReader reader{options};
   detail::read_json(json, "the index", 0, reader);
   if (!reader.has_map) throw Error{ErrorCode::bad_schema, "the index has no weight_map"};

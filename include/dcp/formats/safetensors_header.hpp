@@ -64,7 +64,8 @@ inline std::uint64_t checked_bytes(DType dtype, std::span<std::int64_t const> si
   bool empty = false;
   for (auto const size : sizes) {
     if (size == 0) empty = true;
-    else if (!checked_multiply(bits, static_cast<std::uint64_t>(size), bits)) throw Error{ErrorCode::overflow, "the size of a tensor in bits does not fit into 64 bits"};
+    else if (!checked_multiply(bits, static_cast<std::uint64_t>(size), bits))
+      throw Error{ErrorCode::overflow, "the size of a tensor in bits does not fit into 64 bits"};
   }
   if (empty) return 0;
   if (bits % 8 != 0) throw Error{ErrorCode::misaligned, "a tensor of " + std::to_string(bits) + " bits, which is no whole number of bytes"};
@@ -82,7 +83,8 @@ inline std::string_view foreign_format(ConstByteSpan first) {
 }
 
 /// Rules 7 to 11 of the reference for one tensor; `cursor` is where the one before it ended.
-inline void check_span(std::string_view name, DType dtype, std::span<std::int64_t const> sizes, bool huge, std::uint64_t begin, std::uint64_t end, std::uint64_t cursor) {
+inline void check_span(std::string_view name, DType dtype, std::span<std::int64_t const> sizes, bool huge, std::uint64_t begin, std::uint64_t end,
+                       std::uint64_t cursor) {
   auto const named = [&] { return tensor_called(name) + " at data offsets [" + std::to_string(begin) + ", " + std::to_string(end) + ")"; };
   if (end < begin) throw Error{ErrorCode::bad_offsets, named() + " ends before it begins"};
   if (begin > cursor) throw Error{ErrorCode::bad_offsets, named() + " leaves a hole after byte " + std::to_string(cursor)};
@@ -117,7 +119,8 @@ inline std::uint64_t header_bytes(ConstByteSpan first8, std::uint64_t file_size)
   if (first8.size() < 8) throw Error{ErrorCode::invalid_argument, "header_bytes needs the first 8 bytes of the file"};
   auto const n = load_little_endian<std::uint64_t>(first8.data());
   if (n > max_header_bytes) throw refused(ErrorCode::limit, "the header claims " + std::to_string(n) + " bytes; at most 100000000 are allowed");
-  if (n > file_size - 8) throw refused(ErrorCode::bad_header_length, "the header claims " + std::to_string(n) + " bytes of a file of " + std::to_string(file_size));
+  if (n > file_size - 8)
+    throw refused(ErrorCode::bad_header_length, "the header claims " + std::to_string(n) + " bytes of a file of " + std::to_string(file_size));
   return n;
 }
 
@@ -128,7 +131,8 @@ inline std::uint64_t header_bytes(ConstByteSpan first8, std::uint64_t file_size)
 /// Memory    proportional to the text
 inline Header parse_header(ConstByteSpan json, std::uint64_t file_size, ParseOptions options = {}) {
   if (json.size() > max_header_bytes) throw Error{ErrorCode::limit, "a header of " + std::to_string(json.size()) + " bytes; at most 100000000 are allowed"};
-  if (file_size < 8 || json.size() > file_size - 8) throw Error{ErrorCode::bad_header_length, "a header of " + std::to_string(json.size()) + " bytes in a file of " + std::to_string(file_size)};
+  if (file_size < 8 || json.size() > file_size - 8)
+    throw Error{ErrorCode::bad_header_length, "a header of " + std::to_string(json.size()) + " bytes in a file of " + std::to_string(file_size)};
   detail::HeaderReader reader{options};
   detail::read_json(json, "the header", 8, reader);
   detail::settle_duplicates(reader, options.allow_duplicate_names);
@@ -145,7 +149,9 @@ inline Header parse_header(ConstByteSpan json, std::uint64_t file_size, ParseOpt
     cursor = tensor.end;
   }
   std::uint64_t const present = file_size - header.data_begin;
-  if (cursor > present) throw Error{ErrorCode::truncated, "the tensors end at data offset " + std::to_string(cursor) + ", but the file has " + std::to_string(present) + " bytes of data"};
+  if (cursor > present)
+    throw Error{ErrorCode::truncated,
+                "the tensors end at data offset " + std::to_string(cursor) + ", but the file has " + std::to_string(present) + " bytes of data"};
   if (cursor < present && !options.allow_trailing_bytes)
     throw Error{ErrorCode::trailing_data, std::to_string(present - cursor) + " bytes after the last tensor"}.with_range(header.data_begin + cursor, file_size);
 
@@ -157,7 +163,7 @@ inline Header parse_header(ConstByteSpan json, std::uint64_t file_size, ParseOpt
 
 /// Puts `tensors` into the order of the reference writer (widest dtype first, then by name) and gives them their bytes, without gaps.
 ///
-/// Throws    as tensor_bytes; Error(overflow) if the sum does not fit into 64 bits
+/// Throws    as tensor_bytes; Error(overflow) if the sum does not fit into 64 bits; `tensors` is then unchanged
 inline void assign_offsets(std::vector<TensorInfo>& tensors) {
   std::vector<std::size_t> order(tensors.size());
   for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
@@ -165,14 +171,18 @@ inline void assign_offsets(std::vector<TensorInfo>& tensors) {
     return tensors[a].dtype != tensors[b].dtype ? tensors[a].dtype > tensors[b].dtype : tensors[a].name < tensors[b].name;
   });
   std::uint64_t cursor = 0;
+  std::vector<std::uint64_t> ends;   // all sizes are known to be good before the first tensor moves
+  for (auto const index : order) {
+    if (!checked_add(cursor, tensor_bytes(tensors[index].dtype, tensors[index].shape), cursor))
+      throw Error{ErrorCode::overflow, "the tensors of one file make more than 2^64 bytes"};
+    ends.push_back(cursor);
+  }
   std::vector<TensorInfo> sorted;
   sorted.reserve(tensors.size());
-  for (auto const index : order) {
-    TensorInfo tensor = tensors[index];
-    tensor.begin = cursor;
-    if (!checked_add(cursor, tensor_bytes(tensor.dtype, tensor.shape), cursor)) throw Error{ErrorCode::overflow, "the tensors of one file make more than 2^64 bytes"};
-    tensor.end = cursor;
-    sorted.push_back(std::move(tensor));
+  for (std::size_t i = 0; i < order.size(); ++i) {
+    TensorInfo& tensor = sorted.emplace_back(std::move(tensors[order[i]]));
+    tensor.begin = i > 0 ? ends[i - 1] : 0;
+    tensor.end = ends[i];
   }
   tensors = std::move(sorted);
 }
@@ -187,7 +197,8 @@ inline void assign_offsets(std::vector<TensorInfo>& tensors) {
 inline Bytes write_header(std::vector<TensorInfo> const& tensors, Metadata metadata = {}, std::uint64_t data_alignment = 8) {
   if (data_alignment < 8 || !std::has_single_bit(data_alignment)) throw Error{ErrorCode::invalid_argument, "data_alignment must be a power of two from 8"};
   auto const quoted = [](std::string_view text) {
-    if (first_invalid_utf8(text) != std::string_view::npos) throw Error{ErrorCode::bad_utf8, "a safetensors header holds UTF-8 only; this is not: " + detail::shown(text)};
+    if (first_invalid_utf8(text) != std::string_view::npos)
+      throw Error{ErrorCode::bad_utf8, "a safetensors header holds UTF-8 only; this is not: " + detail::shown(text)};
     return json_quoted(text);
   };
   auto const check_length = [](std::uint64_t bytes) {
@@ -224,7 +235,8 @@ inline Bytes write_header(std::vector<TensorInfo> const& tensors, Metadata metad
   }
   text += '}';
   std::sort(names.begin(), names.end());
-  if (auto const twice = std::adjacent_find(names.begin(), names.end()); twice != names.end()) throw Error{ErrorCode::duplicate_key, detail::tensor_called(*twice) + " would be in one file twice"};
+  if (auto const twice = std::adjacent_find(names.begin(), names.end()); twice != names.end())
+    throw Error{ErrorCode::duplicate_key, detail::tensor_called(*twice) + " would be in one file twice"};
   check_length(text.size() - 8);
   text.resize(static_cast<std::size_t>(round_up(text.size(), data_alignment)), ' ');
   check_length(text.size() - 8);
@@ -275,7 +287,8 @@ class ShardingReader : public JsonReader<ShardingReader> {
 
  private:
   std::string wrong() const {
-    return "DCP_SHARDING_INFO is not {\"name\": {\"saved_offsets\": [0, ...]}, ...}" + (entry_ == nullptr ? std::string{} : " at " + tensor_called(entry_->first));
+    return "DCP_SHARDING_INFO is not {\"name\": {\"saved_offsets\": [0, ...]}, ...}" +
+           (entry_ == nullptr ? std::string{} : " at " + tensor_called(entry_->first));
   }
 
   int depth_ = 0;   // of what is reported: the map, one tensor, its offsets
@@ -316,10 +329,12 @@ inline std::string write_sharding_info(ShardingInfo const& info) {
 ///           ends beyond 2^63 - 1
 inline std::vector<std::int64_t> const& saved_offsets(ShardingInfo const& info, TensorInfo const& tensor) {
   auto const found = info.find(tensor.name);
-  if (found == info.end()) throw Error{ErrorCode::index_mismatch, "DCP_SHARDING_INFO does not list " + detail::tensor_called(tensor.name) + " of the same file"};
+  if (found == info.end())
+    throw Error{ErrorCode::index_mismatch, "DCP_SHARDING_INFO does not list " + detail::tensor_called(tensor.name) + " of the same file"};
   auto const& offsets = found->second;
   if (static_cast<int>(offsets.size()) != tensor.shape.rank())
-    throw Error{ErrorCode::bad_schema, "DCP_SHARDING_INFO has " + std::to_string(offsets.size()) + " offsets for " + detail::tensor_called(tensor.name) + " of shape " + to_string(tensor.shape)};
+    throw Error{ErrorCode::bad_schema, "DCP_SHARDING_INFO has " + std::to_string(offsets.size()) + " offsets for " + detail::tensor_called(tensor.name) +
+                                           " of shape " + to_string(tensor.shape)};
   for (int d = 0; d < tensor.shape.rank(); ++d)
     if (offsets[static_cast<std::size_t>(d)] > INT64_MAX - tensor.shape[d])
       throw Error{ErrorCode::overflow, "DCP_SHARDING_INFO puts " + detail::tensor_called(tensor.name) + " beyond 2^63 elements"};

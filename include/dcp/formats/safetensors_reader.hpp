@@ -82,7 +82,8 @@ class HeaderReader : public JsonReader<HeaderReader> {
         place_ = Place::names;
         return;
       case Place::names:
-        if (!object) return in_metadata_ ? fault(ErrorCode::bad_schema, "__metadata__ is an array; it must be an object") : wrong("is an array; it must be an object");
+        if (!object)
+          return in_metadata_ ? fault(ErrorCode::bad_schema, "__metadata__ is an array; it must be an object") : wrong("is an array; it must be an object");
         place_ = in_metadata_ ? Place::metadata : Place::tensor;
         return;
       case Place::metadata: return fault(ErrorCode::bad_schema, "__metadata__ has a value that is no string, for key " + shown(metadata.back().first));
@@ -121,13 +122,15 @@ class HeaderReader : public JsonReader<HeaderReader> {
         if (scalar.kind != JsonKind::null) fault(ErrorCode::bad_schema, "__metadata__ is " + kind() + "; it must be an object");
         return;
       case Place::metadata:
-        if (scalar.kind != JsonKind::string) return fault(ErrorCode::bad_schema, "__metadata__ has " + kind() + " for key " + shown(metadata.back().first) + "; it must be a string");
+        if (scalar.kind != JsonKind::string)
+          return fault(ErrorCode::bad_schema, "__metadata__ has " + kind() + " for key " + shown(metadata.back().first) + "; it must be a string");
         metadata.back().second = *scalar.text;
         return;
       case Place::tensor:
         if (field_ == unknown) return;
         if (field_ != dtype || scalar.kind != JsonKind::string) return wrong(std::string{"has a "} + field_name() + " that is " + kind());
-        if (!parse_dtype(*scalar.text, tensor_.dtype)) fault(ErrorCode::unsupported_dtype, tensor_called(name(tensor_)) + " has the unknown dtype " + shown(*scalar.text));
+        if (!parse_dtype(*scalar.text, tensor_.dtype))
+          fault(ErrorCode::unsupported_dtype, tensor_called(name(tensor_)) + " has the unknown dtype " + shown(*scalar.text));
         return;
       case Place::numbers:
         if (scalar.kind != JsonKind::natural) return wrong(std::string{"has a "} + field_name() + " with " + kind());

@@ -137,7 +137,8 @@ void read_json(ConstByteSpan bytes, std::string_view what, std::uint64_t first_b
   if (text.starts_with("\xEF\xBB\xBF")) throw at(ErrorCode::bad_json, 0, "starts with a byte order mark");
   if (auto const nul = text.find('\0'); nul != std::string_view::npos) {
     Error error = at(ErrorCode::bad_json, nul, "contains a NUL byte");
-    if (nul > 0 && text.find_first_not_of('\0', nul) == std::string_view::npos) error.with_hint("padded with NUL bytes; only JSON white space may follow the document");
+    if (nul > 0 && text.find_first_not_of('\0', nul) == std::string_view::npos)
+      error.with_hint("padded with NUL bytes; only JSON white space may follow the document");
     throw error;
   }
   if (!nlohmann::json::sax_parse(text.data(), text.data() + text.size(), &reader)) {

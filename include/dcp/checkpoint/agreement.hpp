@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// The opening agreement: ranks make sure that they mean the same state before anything is touched. One small gather of digests;
+// only distinct sets of names travel, each once.
+
+#include <dcp/checkpoint/options.hpp>
+#include <dcp/comm/agree.hpp>
+#include <dcp/plan/schema.hpp>
+#include <dcp/plan/ties.hpp>
+
+#include <algorithm>
+#include <map>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace dcp::detail {
+
+/// The state as all ranks see it, and where this rank's entries are.
+struct AgreedState {
+  Schema schema;                                             // tied names taken out; ties complete
+  std::vector<TensorSpec> tensors;                           // of the schema, in name order
+  std::vector<StateEntry const*> local_tensors;              // of each, nullptr if this rank does not list it
+  std::vector<SchemaEntry const*> values;                    // of the schema, in name order
+  std::vector<StateEntry const*> local_values;
+};
+
+inline std::map<std::string_view, StateEntry const*> entries_by_name(StateDict const& state) {
+  std::map<std::string_view, StateEntry const*> entries;
+  for (auto const& entry : state.entries()) entries.emplace(entry.name, &entry);
+  return entries;
+}
+
+/// Ties that any rank found in its memory or declared, once no rank that holds elements speaks against them. Collective.
+inline std::vector<Tie> agree_ties(CommRef comm, std::string_view phase, StateDict const& state, std::vector<Tie> mine) {
+  std::sort(mine.begin(), mine.end());
+  ByteWriter message;
+  for (auto const& tie : mine) message.text(tie.dropped).text(tie.kept);
+  auto const digests = all_gather_value(comm, crc64(message.bytes()));
+  if (std::equal(digests.begin() + 1, digests.end(), digests.begin())) return mine;
+  std::vector<Tie> all;
+  std::vector<int> from;
+  auto const messages = all_gather_bytes(comm, message.bytes());
+  for (std::size_t r = 0; r < messages.size(); ++r)
+    for (ByteReader in{messages[r]}; !in.done();) {
+      Tie tie;
+      tie.dropped = in.text(), tie.kept = in.text();
+      if (!in.ok()) break;
+      if (std::find(all.begin(), all.end(), tie) == all.end()) all.push_back(std::move(tie)), from.push_back(static_cast<int>(r));
+    }
+  agree(comm, phase, [&] {
+    auto const entries = entries_by_name(state);
+    Problems problems;
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      auto const dropped = entries.find(all[i].dropped), kept = entries.find(all[i].kept);
+      if (dropped == entries.end() || kept == entries.end() || !dropped->second->tensor || !kept->second->tensor) continue;
+      if (!has_elements(dropped->second->tensor->layout, comm.rank()) || same_memory(*dropped->second, *kept->second)) continue;
+      problems.add(ErrorCode::ranks_disagree, all[i].dropped + " and " + all[i].kept + " are one tensor on rank " + std::to_string(from[i]) + " and two on rank " + std::to_string(comm.rank()));
+    }
+    problems.raise();
+  });
+  std::sort(all.begin(), all.end());
+  return all;
+}
+
+/// Values that differ between ranks with the same names: finds them, once digests have shown that there are some. Collective.
+[[noreturn]] inline void raise_differing_values(CommRef comm, Schema const& mine, std::vector<std::uint64_t> const& kinds) {
+  ByteWriter message;
+  for (auto const& entry : mine.entries)
+    if (!entry.is_tensor && !entry.per_rank) message.text(entry.name).number(entry.value_crc);
+  auto const messages = all_gather_bytes(comm, message.bytes());
+  std::map<std::pair<std::uint64_t, std::string>, std::pair<std::uint64_t, std::size_t>> first;   // (kind, name) -> crc, rank
+  Problems problems;
+  for (std::size_t r = 0; r < messages.size(); ++r)
+    for (ByteReader in{messages[r]}; !in.done() && in.ok();) {
+      std::string name = in.text();
+      auto const crc = in.number<std::uint64_t>();
+      auto const [at, fresh] = first.try_emplace({kinds[r], name}, crc, r);
+      if (!fresh && at->second.first != crc) {
+        problems.add(ErrorCode::ranks_disagree, name + ": rank " + std::to_string(at->second.second) + " and rank " + std::to_string(r) + " hold different values");
+        at->second.first = crc;
+      }
+    }
+  problems.hint("a value that every rank has its own of is declared with dcp::per_rank");
+  problems.raise();
+  throw Error{ErrorCode::ranks_disagree, "ranks hold different values"};
+}
+
+/// Collective. Throws the same Error on every rank: of local mistakes (duplicate names, overlapping memory), of differences between
+/// ranks (options, layouts, values), of tensors that a rank of their mesh does not list.
+///
+/// `saving`: whether values are compared and partial tensors refused
+inline AgreedState agree_state(CommRef comm, std::string_view phase, StateDict const& state, std::string_view options, bool saving) {
+  struct Local {
+    Schema schema;
+    std::vector<Tie> ties;
+  };
+  Local local = agree(comm, phase, [&] { return Local{local_schema(state, saving), find_ties(state, comm.rank())}; });
+  struct Digests {
+    std::uint64_t schema, values, options;
+  };
+  auto const digests = all_gather_value(comm, Digests{schema_digest(local.schema), values_digest(local.schema), crc64(as_byte_span(options))});
+  auto const annotated = [&](Error error) { return error.with_phase(std::string{phase}); };
+  for (std::size_t r = 1; r < digests.size(); ++r)
+    if (digests[r].options != digests[0].options)
+      throw annotated(Error{ErrorCode::ranks_disagree, "rank 0 and rank " + std::to_string(r) + " were given different options"}.with_hint("here: " + std::string{options}));
+
+  std::vector<Tie> declared = local.schema.ties;
+  declared.insert(declared.end(), local.ties.begin(), local.ties.end());
+  std::sort(declared.begin(), declared.end());
+  declared.erase(std::unique(declared.begin(), declared.end()), declared.end());
+  std::vector<Tie> ties = agree_ties(comm, phase, state, std::move(declared));
+
+  // Distinct kinds of rank, each by its lowest rank.
+  std::vector<std::uint64_t> kinds, kind_values;
+  std::vector<std::int64_t> first_rank;
+  std::vector<std::uint64_t> kind_of;
+  bool values_differ = false;
+  for (std::size_t r = 0; r < digests.size(); ++r) {
+    kind_of.push_back(digests[r].schema);
+    auto const known = std::find(kinds.begin(), kinds.end(), digests[r].schema);
+    if (known == kinds.end()) {
+      kinds.push_back(digests[r].schema);
+      kind_values.push_back(digests[r].values);
+      first_rank.push_back(static_cast<std::int64_t>(r));
+    } else if (kind_values[static_cast<std::size_t>(known - kinds.begin())] != digests[r].values) {
+      values_differ = true;
+    }
+  }
+  try {
+    if (values_differ) raise_differing_values(comm, local.schema, kind_of);
+    std::vector<Schema> parts;
+    for (std::size_t k = 0; k < kinds.size(); ++k) {
+      if (kinds.size() == 1) {
+        parts.push_back(local.schema);
+        break;
+      }
+      Bytes bytes;
+      if (first_rank[k] == comm.rank()) bytes = encode(local.schema);
+      broadcast_bytes(comm, bytes, static_cast<int>(first_rank[k]));
+      parts.push_back(decode_schema(bytes));
+    }
+    AgreedState agreed;
+    agreed.schema = merge_schemas(std::move(parts), first_rank, comm.size());
+    agreed.schema.ties = std::move(ties);
+    auto& entries = agreed.schema.entries;
+    Problems problems;
+    for (auto const& tie : agreed.schema.ties) {
+      auto const* kept = agreed.schema.find(tie.kept);
+      if (kept == nullptr || !kept->is_tensor) problems.add(ErrorCode::missing_entry, tie.dropped + ": tied to " + tie.kept + ", which is no tensor of the state");
+      else if (std::any_of(agreed.schema.ties.begin(), agreed.schema.ties.end(), [&](Tie const& other) { return other.dropped == tie.kept; }))
+        problems.add(ErrorCode::invalid_argument, tie.dropped + ": tied to " + tie.kept + ", which is itself tied; tie both to the same name");
+    }
+    problems.raise();
+    std::erase_if(entries, [&](SchemaEntry const& entry) {
+      return std::any_of(agreed.schema.ties.begin(), agreed.schema.ties.end(), [&](Tie const& tie) { return tie.dropped == entry.name; });
+    });
+    auto const mine = entries_by_name(state);
+    for (auto const& entry : entries) {
+      auto const at = mine.find(entry.name);
+      StateEntry const* here = at == mine.end() ? nullptr : at->second;
+      if (entry.is_tensor) {
+        agreed.tensors.push_back({entry.name, entry.dtype, entry.layout});
+        agreed.local_tensors.push_back(here);
+      } else {
+        agreed.values.push_back(&entry);
+        agreed.local_values.push_back(here);
+      }
+    }
+    agree(comm, phase, [&] {
+      Problems wrong;
+      for (std::size_t t = 0; t < agreed.tensors.size(); ++t) {
+        TensorSpec const& tensor = agreed.tensors[t];
+        bool const in_mesh = tensor.layout.mesh.coordinate_of(comm.rank()).has_value();
+        if (in_mesh && agreed.local_tensors[t] == nullptr)
+          wrong.add(ErrorCode::ranks_disagree, tensor.name + ": rank " + std::to_string(comm.rank()) + " belongs to the tensor's mesh, but does not list it");
+        for (auto const& rule : tensor.layout.rules)
+          if (saving && rule.kind == RuleKind::partial) wrong.add(ErrorCode::invalid_argument, tensor.name + ": a tensor with Partial axes holds unreduced terms and has no single value to save; all-reduce it first");
+        if (in_mesh && agreed.local_tensors[t] != nullptr) {
+          auto const box = box_of_rank(tensor.layout, comm.rank());
+          if (box && !on_byte_boundaries(tensor.dtype, *box, Box::whole(tensor.layout.shape)))
+            wrong.add(ErrorCode::misaligned, tensor.name + ": its layout cuts a byte of " + std::string{to_string(tensor.dtype)} + " elements on rank " + std::to_string(comm.rank()));
+        }
+      }
+      wrong.raise();
+    });
+    return agreed;
+  } catch (Error& error) {
+    throw error.with_phase(std::string{phase});
+  }
+}
+
+}  // namespace dcp::detail

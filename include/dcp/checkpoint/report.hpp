@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// What an operation did: printable, and as fields.
+
+#include <dcp/base/text.hpp>
+#include <dcp/comm/agree.hpp>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <ostream>
+#include <string>
+#include <vector>
+
+namespace dcp {
+
+/// One phase of an operation on one rank.
+struct PhaseReport {
+  double seconds = 0;
+  std::uint64_t bytes = 0, operations = 0;
+};
+struct Phase {
+  std::string name;
+  std::vector<PhaseReport> ranks;   // of every rank
+
+  double longest() const {
+    double most = 0;
+    for (auto const& r : ranks) most = std::max(most, r.seconds);
+    return most;
+  }
+  std::uint64_t bytes() const {
+    std::uint64_t sum = 0;
+    for (auto const& r : ranks) sum += r.bytes;
+    return sum;
+  }
+  std::uint64_t operations() const {
+    std::uint64_t sum = 0;
+    for (auto const& r : ranks) sum += r.operations;
+    return sum;
+  }
+};
+
+/// The result of save, load and reshard, equal on all ranks.
+struct Report {
+  std::string operation;                 // "save", "load", "reshard"
+  std::string place;
+  std::string id;                        // of the commit; empty for a foreign checkpoint
+  int ranks = 0;
+  double seconds = 0;                    // of the slowest rank
+  std::uint64_t tensors = 0, values = 0; // entries stored or loaded
+  std::uint64_t tensor_bytes = 0;        // of them, each element once
+  std::vector<Phase> phases;
+  // What a load did that a strict, complete, verified load of the same layout would not.
+  std::vector<std::string> cast;         // "name: F32 to BF16"
+  std::vector<std::string> missing;      // names that kept their value, or became zero
+  std::vector<std::string> unexpected;   // names in the checkpoint that were not asked for
+  std::vector<std::string> kept;         // names of another shape that kept their value
+  std::vector<std::string> duplicates;   // pieces stored twice
+  std::vector<std::string> warnings;
+  std::uint64_t verified_bytes = 0;      // that were read and whose checksums were compared
+  std::uint64_t unverified_bytes = 0;    // that were read and could not be
+  std::uint64_t verification_bytes = 0;  // read for no other purpose than that
+  bool foreign = false;                  // written by somebody else: nothing to verify against
+  std::string options;                   // in effect
+
+  friend std::ostream& operator<<(std::ostream& out, Report const& report) {
+    auto const number = [](double value) {
+      std::array<char, 32> text{};
+      std::snprintf(text.data(), text.size(), "%.3f", value);
+      return std::string{text.data()};
+    };
+    out << report.operation << ' ' << report.place << (report.id.empty() ? "" : " (" + report.id + ")") << ": " << report.tensors << (report.tensors == 1 ? " tensor, " : " tensors, ")
+        << human_bytes(report.tensor_bytes) << ", " << report.values << (report.values == 1 ? " value, on " : " values, on ") << report.ranks
+        << (report.ranks == 1 ? " rank, in " : " ranks, in ") << number(report.seconds) << " s";
+    for (auto const& phase : report.phases) {
+      out << "\n  " << phase.name << std::string(phase.name.size() < 10 ? 10 - phase.name.size() : 1, ' ') << number(phase.longest()) << " s";
+      if (phase.bytes() > 0) out << ", " << human_bytes(phase.bytes()) << " in " << phase.operations() << " operations";
+    }
+    auto const list = [&](char const* what, std::vector<std::string> const& names) {
+      if (names.empty()) return;
+      out << "\n  " << what << ' ' << names.size() << ": ";
+      for (std::size_t i = 0; i < std::min<std::size_t>(names.size(), 8); ++i) out << (i > 0 ? ", " : "") << names[i];
+      if (names.size() > 8) out << ", ...";
+    };
+    list("cast", report.cast);
+    list("missing", report.missing);
+    list("unexpected", report.unexpected);
+    list("kept for their shape", report.kept);
+    list("stored twice", report.duplicates);
+    list("warnings", report.warnings);
+    if (report.operation == "load") {
+      if (report.foreign) out << "\n  unverified: the checkpoint has no commit record";
+      else out << "\n  verified  " << human_bytes(report.verified_bytes) << (report.unverified_bytes > 0 ? ", unverified " + human_bytes(report.unverified_bytes) : "")
+               << (report.verification_bytes > 0 ? ", read only for that " + human_bytes(report.verification_bytes) : "");
+    }
+    return out;
+  }
+};
+
+namespace detail {
+
+/// Times the phases of an operation on this rank.
+class Stopwatch {
+ public:
+  using clock = std::chrono::steady_clock;
+
+  PhaseReport& enter(std::string name) {
+    leave();
+    for (std::size_t i = 0; i < names_.size(); ++i)
+      if (names_[i] == name) return current_ = i, mine_[i];
+    names_.push_back(std::move(name));
+    mine_.emplace_back();
+    return current_ = names_.size() - 1, mine_.back();
+  }
+  void leave() {
+    auto const now = clock::now();
+    if (current_ < mine_.size()) mine_[current_].seconds += std::chrono::duration<double>(now - last_).count();
+    current_ = static_cast<std::size_t>(-1);
+    last_ = now;
+  }
+  std::string const& phase() const { return names_[current_]; }
+  PhaseReport& here() { return mine_[current_]; }
+
+  /// Everyone's times into `report`. Collective; all ranks have entered the same phases.
+  void collect(CommRef comm, Report& report) {
+    leave();
+    double const seconds = std::chrono::duration<double>(clock::now() - begin_).count();
+    report.ranks = comm.size();
+    for (double const one : all_gather_value(comm, seconds)) report.seconds = std::max(report.seconds, one);
+    std::vector<PhaseReport> all(mine_.size() * static_cast<std::size_t>(comm.size()));
+    if (!mine_.empty()) comm.all_gather(std::as_bytes(std::span{mine_}), std::as_writable_bytes(std::span{all}));
+    for (std::size_t p = 0; p < names_.size(); ++p) {
+      Phase& phase = report.phases.emplace_back();
+      phase.name = names_[p];
+      for (std::size_t r = 0; r < static_cast<std::size_t>(comm.size()); ++r) phase.ranks.push_back(all[r * mine_.size() + p]);
+    }
+  }
+
+ private:
+  clock::time_point begin_ = clock::now(), last_ = begin_;
+  std::vector<std::string> names_;
+  std::vector<PhaseReport> mine_;
+  std::size_t current_ = static_cast<std::size_t>(-1);
+};
+
+}  // namespace detail
+}  // namespace dcp

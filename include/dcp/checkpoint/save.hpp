@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// save: a state of all ranks becomes one checkpoint, or nothing changes.
+//
+//   1. agree       ranks mean the same state and options; rank 0 alone looks at the place and tells the others
+//   2. attempt     rank 0 makes a directory beside the place, with a record that says "open"; every rank finds it, or the place is
+//                  not shared by all ranks
+//   3. plan        which rank writes which bytes: computed by every rank for itself
+//   4. write       fragments and short runs to the owners of their blocks, everything else straight to its final position, with
+//                  checksums of what was staged, then a sync of every file by every rank that wrote to it
+//   5. commit      on rank 0: every byte written exactly once, every size as planned; index, checksums, and last the record
+//   6. publish     the attempt takes the place; all ranks learn the outcome; only then the old checkpoint is removed
+
+#include <dcp/checkpoint/agreement.hpp>
+#include <dcp/checkpoint/options.hpp>
+#include <dcp/checkpoint/place.hpp>
+#include <dcp/checkpoint/report.hpp>
+#include <dcp/checkpoint/write.hpp>
+#include <dcp/comm/agree.hpp>
+#include <dcp/plan/save_plan.hpp>
+#include <dcp/storage/storage.hpp>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace dcp {
+namespace detail {
+
+/// Whether every rank finds what rank 0 has just made. Collective.
+inline void require_shared(CommRef comm, AnyMedium& medium, std::string const& attempt, std::string const& id, std::chrono::milliseconds visible_within) {
+  agree(comm, "save: attempt", [&] {
+    auto const until = std::chrono::steady_clock::now() + visible_within;
+    auto pause = std::chrono::milliseconds{1};
+    for (;; pause = std::min(2 * pause, std::chrono::milliseconds{500})) {
+      std::optional<CommitRecord> record;
+      std::optional<Error> failure;
+      try {
+        record = read_record(medium, attempt);
+      } catch (Error const& error) {
+        failure = error;
+      }
+      if (record && record->id == id) return;
+      comm.progress();
+      if (std::chrono::steady_clock::now() + pause > until) {
+        Error error{ErrorCode::not_shared, "this directory is not shared by ranks 0 and " + std::to_string(comm.rank()) + ": rank 0 has made it, and rank " + std::to_string(comm.rank()) + " does not see it"};
+        error.with_path(attempt).with_hint("every rank must see the same file system at this path; a node-local disk is none");
+        throw error;
+      }
+      std::this_thread::sleep_for(pause);
+    }
+  });
+}
+
+/// Replicated tensors with different contents on their replicas. Reads everything; collective.
+inline void compare_replicas(CommRef comm, AgreedState const& state) {
+  std::vector<std::uint64_t> mine(state.tensors.size(), 0);
+  agree(comm, "save: check", [&] {
+    Bytes buffer(1 << 20);
+    for (std::size_t t = 0; t < state.tensors.size(); ++t) {
+      auto const& tensor = state.tensors[t];
+      auto const box = box_of_rank(tensor.layout, comm.rank());
+      if (!box || replicas(tensor.layout) == 1 || state.local_tensors[t] == nullptr) continue;
+      Transfer const transfer = make_transfer(tensor.dtype, tensor.dtype, *box, *box, state.local_tensors[t]->tensor->memory, *box, 0);
+      std::uint64_t raw = 0;
+      transfer.for_each_run(0, transfer.end, [&](std::uint64_t, std::byte const* memory, std::size_t bytes) { raw = crc64_raw({memory, bytes}, raw); });
+      mine[t] = raw ^ 1;
+    }
+  });
+  std::vector<std::uint64_t> all(mine.size() * static_cast<std::size_t>(comm.size()));
+  if (!mine.empty()) comm.all_gather(std::as_bytes(std::span{mine}), std::as_writable_bytes(std::span{all}));
+  Problems problems;
+  for (std::size_t t = 0; t < state.tensors.size(); ++t) {
+    Layout const& layout = state.tensors[t].layout;
+    if (replicas(layout) == 1) continue;
+    for (std::int64_t cell = 0; cell < cells(layout); ++cell) {
+      auto const coordinate = cell_coordinate(layout, cell);
+      auto const first = layout.mesh.rank_at(coordinate);
+      for (std::int64_t r = 1; r < replicas(layout); ++r) {
+        auto const other = layout.mesh.rank_at(replica_coordinate(layout, coordinate, r));
+        if (all[static_cast<std::size_t>(first) * mine.size() + t] == all[static_cast<std::size_t>(other) * mine.size() + t]) continue;
+        problems.add(ErrorCode::ranks_disagree, state.tensors[t].name + ": rank " + std::to_string(first) + " and rank " + std::to_string(other) + " hold different contents of a replicated tensor");
+        break;
+      }
+    }
+  }
+  try {
+    problems.raise();
+  } catch (Error& error) {
+    throw error.with_phase("save: check");
+  }
+}
+
+/// This rank's part of what is stored.
+inline std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& shares, FilePlan const& plan, std::int64_t rank) {
+  std::vector<Transfer> transfers;
+  for (auto const& stored : plan.stored) {
+    TensorSpec const& tensor = state.tensors[stored.tensor];
+    auto const coordinate = tensor.layout.mesh.coordinate_of(rank);
+    StateEntry const* entry = state.local_tensors[stored.tensor];
+    if (!coordinate || entry == nullptr) continue;
+    Box const held = box_at(tensor.layout, *coordinate);
+    bool const only_mine = plan.files[stored.file].only_rank >= 0;
+    Box part;
+    if (stored.box.shape.empty() || !intersect(held, stored.box, part)) continue;
+    Transfer transfer = make_transfer(tensor.dtype, tensor.dtype, part, held, entry->tensor->memory, stored.box, stored.offset);
+    if (!only_mine) {
+      CellRange const range = shares.range_of(stored.tensor, *coordinate);
+      transfer.begin = range.begin;
+      transfer.end = range.end;
+    }
+    transfer.tensor = stored.tensor;
+    transfer.file = stored.file;
+    transfers.push_back(transfer);
+  }
+  return transfers;
+}
+
+/// The values to store: those of their lowest rank, and every rank's own where they are per rank. Complete on rank 0. Collective.
+inline std::vector<std::pair<std::string, Value>> collect_values(CommRef comm, AgreedState const& state) {
+  Bytes const mine = agree(comm, "save: values", [&] {
+    ByteWriter out;
+    for (std::size_t v = 0; v < state.values.size(); ++v) {
+      SchemaEntry const& entry = *state.values[v];
+      if (state.local_values[v] == nullptr || (!entry.per_rank && entry.first_rank != comm.rank())) continue;
+      Value const value = state.local_values[v]->value.ops->encode(state.local_values[v]->value.object);
+      out.number<std::uint64_t>(v).number(comm.rank()).number(value.kind).number(value.dtype).block(value.payload);
+    }
+    return out.take();
+  });
+  Bytes const all = reduce_to_root(
+      comm, mine,
+      [](Bytes a, Bytes b) {
+        a.insert(a.end(), b.begin(), b.end());
+        return a;
+      },
+      "save: values");
+  std::vector<std::pair<std::string, Value>> values;
+  if (comm.rank() != 0) return values;
+  for (auto const* entry : state.values) values.emplace_back(entry->name, Value{entry->per_rank ? ValueKind::per_rank : entry->value_kind, entry->dtype, {}, {}});
+  for (ByteReader in{all}; !in.done() && in.ok();) {
+    auto const v = in.number<std::uint64_t>();
+    auto const rank = static_cast<std::size_t>(in.number<int>());
+    Value value;
+    value.kind = in.number<ValueKind>(), value.dtype = in.number<DType>();
+    auto const payload = in.block();
+    value.payload.assign(payload.begin(), payload.end());
+    Value& target = values[static_cast<std::size_t>(v)].second;
+    if (target.kind != ValueKind::per_rank) {
+      target = std::move(value);
+      continue;
+    }
+    target.ranks.resize(static_cast<std::size_t>(comm.size()));
+    target.ranks[rank] = std::move(value);
+  }
+  return values;
+}
+
+/// Rank 0's part of the end: every byte accounted for, then index files, checksums, record.
+inline void commit_attempt(AnyMedium& medium, Attempt& attempt, std::map<std::string, FileSums> const& written, FilePlan const& plan, std::vector<std::pair<std::string, Bytes>> extra,
+                           std::vector<std::pair<std::string, Value>> values) {
+  CommitRecord& record = attempt.record();
+  record.values = std::move(values);
+  std::map<std::string, std::vector<std::uint64_t>> tables;
+  for (auto const& file : plan.files)
+    if (!written.contains(file.path)) throw Error{ErrorCode::incomplete, "nobody wrote this file"}.with_path(attempt.path() + '/' + file.path);
+  auto const add = [&](std::string const& path, FileSums const& sums, bool data) {
+    FileChecksums checksums = finish_sums(path, sums);
+    std::uint64_t const size = medium.open_read(attempt.path() + '/' + path)->size();
+    if (size != sums.size) throw Error{ErrorCode::incomplete, "the file has " + std::to_string(size) + " bytes, planned were " + std::to_string(sums.size)}.with_path(attempt.path() + '/' + path);
+    record.files.push_back({path, sums.size, checksums.file, crc64(std::as_bytes(std::span{checksums.chunks})), data});
+    tables[path] = std::move(checksums.chunks);
+  };
+  for (auto const& [path, sums] : written) add(path, sums, true);
+
+  std::vector<std::pair<std::string, Bytes>> small = plan.commit_files;
+  small.insert(small.end(), std::make_move_iterator(extra.begin()), std::make_move_iterator(extra.end()));
+  Bytes large;
+  static_cast<void>(write_record(record, large));
+  if (!large.empty()) small.emplace_back(std::string{values_name}, std::move(large));
+  for (auto const& [path, bytes] : small) {
+    if (tables.contains(path) || path == record_name || path == checksums_name || path == lease_name)
+      throw Error{ErrorCode::invalid_argument, "two files of the checkpoint would have the name " + path}.with_path(attempt.path() + '/' + path);
+    attempt.write_file(path, bytes);
+    WrittenSums sums;
+    sums.add_empty(path, bytes.size());
+    sums.add(path, bytes.size(), 0, bytes);
+    add(path, sums.take().at(path), false);
+  }
+  std::sort(record.files.begin(), record.files.end(), [](RecordFile const& a, RecordFile const& b) { return a.path < b.path; });
+  Bytes table;
+  for (auto const& file : record.files) {
+    auto const bytes = std::as_bytes(std::span{tables[file.path]});
+    table.insert(table.end(), bytes.begin(), bytes.end());
+  }
+  attempt.write_file(std::string{checksums_name}, table);
+  attempt.commit();
+}
+
+inline Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place, StateDict const& state, SaveSettings const& settings) {
+  Stopwatch watch;
+  Report report;
+  report.operation = "save";
+  AnyMedium& medium = *place.medium;
+
+  watch.enter("agree");
+  std::string const options = std::string{storage.name()} + ' ' + storage.options_text() + (settings.if_exists == IfExists::replace ? " replace" : " fail") +
+                              (settings.check == Check::contents ? " check=contents" : "") + " writers_per_file=" + std::to_string(settings.writers_per_file);
+  agree(comm, "save: agree", [&] {
+    check_resources(settings.memory_bytes, settings.threads);
+    if (settings.writers_per_file < 1) throw Error{ErrorCode::invalid_argument, "writers_per_file is " + std::to_string(settings.writers_per_file)};
+    if (!medium.renames_directories()) throw Error{ErrorCode::unsupported, "this medium cannot rename directories, which publishing a checkpoint needs"};
+  });
+  AgreedState const agreed = agree_state(comm, "save: agree", state, options, true);
+  if (settings.check == Check::contents) compare_replicas(comm, agreed);
+
+  watch.enter("plan");
+  struct Plan {
+    Shares shares;
+    FilePlan files;
+  };
+  Plan const plan = agree(comm, "save: plan", [&] {
+    Shares shares{agreed.tensors, comm.size()};
+    FilePlan files = storage.plan_files({agreed.tensors, shares, agreed.schema.ties, comm.rank(), comm.size()});
+    return Plan{std::move(shares), std::move(files)};
+  });
+  auto values = collect_values(comm, agreed);
+
+  watch.enter("attempt");
+  std::unique_ptr<Attempt> attempt;
+  std::vector<std::pair<std::string, Bytes>> extra;
+  struct Opened {
+    std::uint64_t block_bytes = 0;
+    std::array<char, 16> id{};
+  };
+  try {
+    Opened opened = agree(comm, "save: attempt", [&] {
+      Opened result;
+      if (comm.rank() != 0) return result;
+      extra = storage.extra_files();
+      std::vector<std::string> carried;
+      for (auto const& [name, bytes] : extra) carried.push_back(name);
+      CommitRecord record;
+      record.storage = storage.name();
+      record.file_layout = storage.file_layout();
+      record.groups = storage.groups();
+      for (auto const& tensor : agreed.tensors) record.tensors.push_back({tensor.name, tensor.dtype, tensor.layout.shape});
+      for (auto const& tie : agreed.schema.ties) record.ties.emplace_back(tie.dropped, tie.kept);
+      attempt = std::make_unique<Attempt>(medium, place.path, settings.if_exists == IfExists::replace, carried, std::move(record));
+      result.block_bytes = medium.block_bytes(attempt->path());
+      std::copy_n(attempt->id().begin(), 16, result.id.begin());
+      return result;
+    });
+    opened = broadcast_value(comm, opened, 0);
+    std::string const id{opened.id.begin(), opened.id.end()};
+    Bytes resolved;
+    if (attempt) {
+      auto const text = as_byte_span(attempt->place());
+      resolved.assign(text.begin(), text.end());
+    }
+    broadcast_bytes(comm, resolved, 0);
+    report.place = as_text(resolved);
+    report.id = id;
+    std::string const directory = report.place + std::string{attempt_infix} + id;
+    require_shared(comm, medium, directory, id, settings.visible_within);
+    agree(comm, "save: attempt", [&] {
+      for (auto const& file : plan.files.files)
+        if (auto const below = split_path('/' + file.path).first; below != "/" && (file.only_rank >= 0 || comm.rank() == 0)) medium.create_directories(directory + below);
+    });
+
+    SavePlan const writes = agree(comm, "save: plan", [&] {
+      return SavePlan{agreed.tensors, plan.shares, plan.files, transfers_to_save(agreed, plan.shares, plan.files, comm.rank()), comm.rank(), comm.size(), {opened.block_bytes, settings.writers_per_file}};
+    });
+    Writer writer{comm, medium, directory, writes, settings, attempt ? attempt->lease() : nullptr, watch};
+    auto const sums = writer.run();
+
+    watch.enter("commit");
+    Bytes const all = reduce_to_root(comm, encode(sums), merge_sums, "save: commit");
+    agree(comm, "save: commit", [&] {
+      if (attempt) commit_attempt(medium, *attempt, decode_sums(all), plan.files, std::move(extra), std::move(values));
+    });
+    watch.enter("publish");
+    agree(comm, "save: publish", [&] {
+      if (attempt) attempt->publish();
+    });
+  } catch (...) {
+    if (attempt) attempt->abandon();
+    throw;
+  }
+  if (attempt) {
+    try {
+      attempt->remove_old();
+    } catch (Error const& error) {
+      report.warnings.push_back("the old checkpoint could not be removed: " + error.message());
+    }
+  }
+  report.tensors = agreed.tensors.size();
+  report.values = agreed.values.size();
+  for (auto const& tensor : agreed.tensors) report.tensor_bytes += bytes_of(tensor.dtype, tensor.layout.shape.elements());
+  report.options = options;
+  watch.collect(comm, report);
+  return report;
+}
+
+template <class S, class C>
+struct verb_arguments : storage_has_a_place<S>, storage_has_options<S>, storage_opens<S>, storage_locates<S> {};
+
+}  // namespace detail
+
+/// Writes `state` as one checkpoint. Collective: every rank of `comm` calls it with the same place, names and options.
+///
+/// Memory    stages at most options.memory_bytes per rank, whatever the size of a tensor; tensors are read, not changed
+/// Durable   when it returns, on every rank: files and directory entries are synced
+/// Throws    Error on all ranks if any rank failed; a checkpoint that was at the place is then still there, and still complete
+/// Cost      every element is written once; replicated tensors are split over the ranks that hold them (plan/shares.hpp)
+/// Example   dcp::save<dcp::SafeTensors>(world, "ckpt", {{"model", model}, {"step", step}}, {.if_exists = dcp::IfExists::replace});
+template <class S, class C>
+Report save(C& comm, place_of<S> const& place, StateDict const& state, SaveOptions<S> const& options = {}) {
+  [[maybe_unused]] detail::verb_arguments<S, C> check;
+  if constexpr (Storage<S> && Communicator<C>) {
+    return detail::save_state(CommRef{comm}, *S::open(options.storage), S::locate(place), state, detail::settings_of(options));
+  } else {
+    return {};
+  }
+}
+
+}  // namespace dcp
