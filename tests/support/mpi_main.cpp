@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The main function of the tests in tests/mpi: every rank runs every case, rank 0 reports, other ranks only what fails there.
 #define DOCTEST_CONFIG_IMPLEMENT
+#define DOCTEST_CONFIG_NO_POSIX_SIGNALS   // when one rank fails, mpirun ends the others by a signal: that is no second failure
 #include <doctest/doctest.h>
 #include <mpi.h>
 
@@ -50,6 +51,7 @@ int main(int argc, char** argv) {
   MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &provided);
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   doctest::Context context{argc, argv};
+  context.setOption("no-colors", true);   // mpirun gives its ranks a terminal where there is none
   std::ostringstream quiet;
   if (rank != 0) {
     AbortOnFailure::output = &quiet;
