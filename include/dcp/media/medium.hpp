@@ -156,7 +156,7 @@ class MediumModel final : public AnyMedium {
 inline Bytes read_file(AnyMedium& medium, std::string const& path, std::uint64_t most) {
   auto const file = medium.open_read(path);
   auto const size = file->size();
-  if (size > most) throw Error{ErrorCode::limit, "a file of " + std::to_string(size) + " bytes, more than the limit of " + std::to_string(most)}.with_path(path);
+  if (size > most) throw Error{ErrorCode::limit, "a file of " + std::to_string(size) + " bytes, over the limit of " + std::to_string(most)}.with_path(path);
   Bytes bytes(static_cast<std::size_t>(size));
   file->read_at(0, bytes);
   return bytes;
