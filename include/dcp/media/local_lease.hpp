@@ -9,6 +9,7 @@
 #include <dcp/io/file.hpp>
 #include <dcp/media/medium.hpp>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cerrno>
@@ -18,6 +19,7 @@
 #include <ctime>
 #include <fstream>
 #include <memory>
+#include <span>
 #include <sstream>
 #include <string>
 
