@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-# cmake -DCOMPILER=<g++|clang++|nvcc> [-DCASES=<folder or file>] [-DJOBS=2] -P compile_fail.cmake
+# cmake -DCOMPILER=<g++|clang++|nvcc> [-DCASES=<folder or file>] [-DINCLUDES=a,b] [-DWITHOUT=eigen,mpi] [-DJOBS=2] -P compile_fail.cmake
 #
 # A case is one file with both halves. As it stands it compiles; with -DMISTAKE it does not, and what the compiler prints holds each of
 # the file's sentences, literally, in at most 20 lines:
 #   // error: dcp: a tensor with Partial axes has no value to save
 #   // error (clang): due to requirement            for one compiler only (gcc, clang, nvcc), where the words are the compiler's own
 # The first half proves that the rest of the file is sound, the sentence that the failure is ours, the line count that a user can read it.
-# There is no build tree: the compiler only checks.
+# A line "// needs: eigen" leaves the case out when that is among WITHOUT. There is no build tree: the compiler only checks.
 #
 # -DSELF_TEST=ON   the cases are wrong, each in one way; this script must find what the file's "// script: <text>" says.
 cmake_minimum_required(VERSION 3.22)
@@ -19,10 +19,17 @@ endif()
 if(NOT JOBS)
   set(JOBS 2)
 endif()
+if(NOT DEFINED INCLUDES)
+  set(INCLUDES /usr/include/eigen3)
+endif()
+set(options -DCOMPILER=${COMPILER} -DINCLUDES=${INCLUDES} -DWITHOUT=${WITHOUT})
+string(REPLACE "," ";" INCLUDES "${INCLUDES}")
+string(REPLACE "," ";" WITHOUT "${WITHOUT}")
 
-# What follows `marker` in lines of `text`, each with the result of calling `visit`. By hand, since sentences hold [, ] and ;.
-macro(for_each_line_with marker text visit)
-  set(rest "${text}\n")
+# Calls `visit` with variable `value` set to what follows `marker` on a line of the text in `variable`, line by line. By hand, since
+# sentences hold [, ] and ;.
+macro(for_each_line_with marker variable visit)
+  set(rest "${${variable}}\n")
   string(FIND "${rest}" "${marker}" at)
   while(NOT at EQUAL -1)
     string(LENGTH "${marker}" length)
@@ -53,7 +60,8 @@ if(NOT IS_DIRECTORY ${CASES})   # one case
     endif()
     set(command ${COMPILER} -std=c++20 -fsyntax-only)
   endif()
-  list(APPEND command -I${root}/include)
+  list(TRANSFORM INCLUDES REPLACE "(.+)" "-isystem;\\1")
+  list(APPEND command -I${root}/include ${INCLUDES})
 
   set(faults "")
   set(sentences 0)
@@ -70,14 +78,16 @@ if(NOT IS_DIRECTORY ${CASES})   # one case
     string(APPEND faults "  it does not compile without the mistake:\n${diagnostic}\n")
   endif()
   execute_process(COMMAND ${command} -DMISTAKE ${CASES} RESULT_VARIABLE status OUTPUT_QUIET ERROR_VARIABLE diagnostic)
-  file(REMOVE ${output})
+  if(output)
+    file(REMOVE ${output})
+  endif()
   string(REGEX REPLACE "[^\n]" "" lines "${diagnostic}")
   string(LENGTH "${lines}" lines)
   if(status EQUAL 0)
     string(APPEND faults "  it compiles with the mistake\n")
   else()
-    for_each_line_with("// error: " "${text}" check_sentence)
-    for_each_line_with("// error (${kind}): " "${text}" check_sentence)
+    for_each_line_with("// error: " text check_sentence)
+    for_each_line_with("// error (${kind}): " text check_sentence)
     if(sentences EQUAL 0)
       string(APPEND faults "  no line '// error: <text>' says what ${kind} should print\n")
     endif()
@@ -97,6 +107,14 @@ if(NOT IS_DIRECTORY ${CASES})   # one case
 endif()
 
 file(GLOB cases ${CASES}/*.cpp)
+foreach(case IN LISTS cases)
+  file(STRINGS ${case} needs REGEX "^// needs: " LIMIT_COUNT 1)
+  foreach(component IN LISTS WITHOUT)
+    if(needs MATCHES " ${component}( |$)")
+      list(REMOVE_ITEM cases ${case})
+    endif()
+  endforeach()
+endforeach()
 list(LENGTH cases count)
 if(count EQUAL 0)
   message(FATAL_ERROR "no cases in ${CASES}")
@@ -109,8 +127,8 @@ if(SELF_TEST)
   foreach(case IN LISTS cases)
     file(READ ${case} text)
     set(expected "")
-    for_each_line_with("// script: " "${text}" expect_value)
-    execute_process(COMMAND ${CMAKE_COMMAND} -DCOMPILER=${COMPILER} -DCASES=${case} -P ${CMAKE_CURRENT_LIST_FILE}
+    for_each_line_with("// script: " text expect_value)
+    execute_process(COMMAND ${CMAKE_COMMAND} ${options} -DCASES=${case} -P ${CMAKE_CURRENT_LIST_FILE}
                     RESULT_VARIABLE status OUTPUT_VARIABLE out ERROR_VARIABLE out)
     string(FIND "${out}" "${expected}" at)
     if(status EQUAL 0 OR at EQUAL -1 OR expected STREQUAL "")
@@ -125,7 +143,7 @@ list(JOIN cases "\n" list)
 string(RANDOM LENGTH 12 id)
 set(list_file /tmp/dcp_compile_fail_${id})
 file(WRITE ${list_file} "${list}\n")
-execute_process(COMMAND xargs -a ${list_file} -d "\n" -P ${JOBS} -I{} ${CMAKE_COMMAND} -DCOMPILER=${COMPILER} -DCASES={} -P ${CMAKE_CURRENT_LIST_FILE}
+execute_process(COMMAND xargs -a ${list_file} -d "\n" -P ${JOBS} -I{} ${CMAKE_COMMAND} ${options} -DCASES={} -P ${CMAKE_CURRENT_LIST_FILE}
                 RESULT_VARIABLE status)
 file(REMOVE ${list_file})
 if(NOT status EQUAL 0)

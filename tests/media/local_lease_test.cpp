@@ -8,9 +8,11 @@
 
 #include <doctest/doctest.h>
 
+#include <atomic>
 #include <csignal>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include <sys/wait.h>
 
@@ -181,4 +183,42 @@ TEST_CASE("lease: a link or a directory in its place is refused") {
   CHECK(get(medium, directory / "precious") == "do not cut");
   medium.create_directory(directory / "d");
   CHECK(error_of([&] { medium.acquire_lease(directory / "d"); }).system_error() == EISDIR);
+}
+
+TEST_CASE("lease: never two holders while many take it and give it back") {
+  TemporaryDirectory directory;
+  std::atomic<int> holders = 0, most = 0, taken = 0;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t)
+    threads.emplace_back([&] {
+      LocalFs medium;
+      for (int i = 0; i < 200; ++i) {
+        auto const lease = medium.acquire_lease(directory / "lease");
+        if (!lease) continue;
+        int const now = ++holders;
+        for (int seen = most; seen < now && !most.compare_exchange_weak(seen, now);) {
+        }
+        ++taken;
+        std::this_thread::yield();
+        --holders;
+      }
+    });
+  for (auto& thread : threads) thread.join();
+  CHECK(most == 1);
+  CHECK(taken > 0);
+}
+
+TEST_CASE("lease: a lock on a file that has lost its name is no lease") {
+  TemporaryDirectory directory;
+  LocalFs medium;
+  auto late = FileHandle::open(directory / "lease", O_RDWR | O_CREAT);   // opened while its holder was about to remove it
+  medium.remove_file(directory / "lease");
+  bool replaced = false;
+  SUBCASE("gone") { CHECK(detail::take_lease(std::move(late), replaced) == nullptr); }
+  SUBCASE("made anew") {
+    auto const next = medium.acquire_lease(directory / "lease");
+    CHECK(detail::take_lease(std::move(late), replaced) == nullptr);
+    CHECK(next != nullptr);
+  }
+  CHECK(replaced);
 }

@@ -5,7 +5,9 @@
 
 #include <dcp/comm/communicator.hpp>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -21,9 +23,9 @@ inline void expect(bool holds, std::string const& sentence) {
 inline Bytes pattern(std::size_t size, std::uint64_t seed, int rank, int index = 0) {
   std::uint64_t state = seed * 0x9E3779B97F4A7C15u + static_cast<std::uint64_t>(rank) * 1000003u + static_cast<std::uint64_t>(index) + 1;
   Bytes bytes(size);
-  for (std::byte& byte : bytes) {
+  for (std::size_t at = 0; at < size; at += sizeof state) {
     state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-    byte = static_cast<std::byte>(state >> 32);
+    std::memcpy(bytes.data() + at, &state, std::min(sizeof state, size - at));
   }
   return bytes;
 }

@@ -67,9 +67,9 @@ struct is_rule<Replicate> : std::true_type {};
 template <>
 struct is_rule<Partial> : std::true_type {};
 
-template <class R>
+template <class... Rules>
 struct a_placement_lists_rules {
-  static_assert(is_rule<R>::value, "dcp: a Placement lists rules; each is Shard<Dim>, OrderedShard<Dim, Step>, Replicate or Partial");
+  static_assert((is_rule<Rules>::value && ... && true), "dcp: a Placement lists rules; each is Shard<Dim>, OrderedShard<Dim, Step>, Replicate or Partial");
 };
 
 template <std::size_t K>
@@ -116,7 +116,7 @@ struct each_step_once {
 ///
 /// Example   Placement<Replicate, Shard<0>> on a (dp, tp) mesh: rows split over tp, copies along dp
 template <class... Rules>
-struct Placement : detail::a_placement_lists_rules<Rules>... {
+struct Placement : detail::a_placement_lists_rules<Rules...> {
   static constexpr int mesh_rank = static_cast<int>(sizeof...(Rules));
   static constexpr std::array<Rule, sizeof...(Rules)> rules{Rules::rule...};
   static constexpr int needed_rank = detail::needed_rank(rules);       // the least rank of a tensor that can be placed so

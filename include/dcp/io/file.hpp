@@ -140,9 +140,8 @@ class FileHandle {
 
   /// Fills all of `out` from `offset`. Throws truncated where the file ends first, io.
   void read_at(std::uint64_t offset, ByteSpan out) const {
-    auto const result = !fits(offset, out.size()) ? detail::Transfer{0, 0} : detail::transfer_all(out.size(), [&](std::uint64_t done, std::size_t most) {
-      return ::pread(descriptor_, out.data() + done, most, static_cast<off_t>(offset + done));
-    });
+    auto const step = [&](std::uint64_t done, std::size_t most) { return ::pread(descriptor_, out.data() + done, most, static_cast<off_t>(offset + done)); };
+    auto const result = fits(offset, out.size()) ? detail::transfer_all(out.size(), step) : detail::Transfer{0, 0};   // beyond the end of any file
     if (result.system_error != 0) throw failure(result.system_error, "cannot read the file").with_range(offset, offset + out.size());
     if (result.done < out.size())
       throw Error{ErrorCode::truncated, "the file ends " + std::to_string(out.size() - result.done) + " bytes before the range that is wanted"}
@@ -152,9 +151,8 @@ class FileHandle {
 
   /// Writes all of `bytes` at `offset`. Throws io.
   void write_at(std::uint64_t offset, ConstByteSpan bytes) const {
-    auto const result = !fits(offset, bytes.size()) ? detail::Transfer{0, EFBIG} : detail::transfer_all(bytes.size(), [&](std::uint64_t done, std::size_t most) {
-      return ::pwrite(descriptor_, bytes.data() + done, most, static_cast<off_t>(offset + done));
-    });
+    auto const step = [&](std::uint64_t done, std::size_t most) { return ::pwrite(descriptor_, bytes.data() + done, most, static_cast<off_t>(offset + done)); };
+    auto const result = fits(offset, bytes.size()) ? detail::transfer_all(bytes.size(), step) : detail::Transfer{0, EFBIG};
     int const system_error = result.system_error == 0 && result.done < bytes.size() ? EIO : result.system_error;
     if (system_error != 0) throw failure(system_error, "cannot write the file").with_range(offset, offset + bytes.size());
   }

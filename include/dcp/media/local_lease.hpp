@@ -9,6 +9,7 @@
 #include <dcp/io/file.hpp>
 #include <dcp/media/medium.hpp>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cerrno>
@@ -18,6 +19,7 @@
 #include <ctime>
 #include <fstream>
 #include <memory>
+#include <span>
 #include <sstream>
 #include <string>
 
@@ -98,34 +100,40 @@ class LocalLease final : public Lease {
   std::atomic<std::chrono::steady_clock::rep> beat_{std::chrono::steady_clock::now().time_since_epoch().count()};
 };
 
+/// The lease on an open lease file, or nullptr: then `replaced` says that the file has lost its name, and another try may succeed.
+inline std::unique_ptr<Lease> take_lease(FileHandle file, bool& replaced) {
+  replaced = false;
+  bool locks = true;
+  while (::flock(file.descriptor(), LOCK_EX | LOCK_NB) != 0) {
+    if (errno == EINTR) continue;
+    if (errno == EWOULDBLOCK) return nullptr;
+    if (errno != ENOSYS && errno != ENOTSUP && errno != EINVAL && errno != ENOLCK) throw file.failure(errno, "cannot lock the lease");
+    locks = false;
+    break;
+  }
+  // The holder before us removes the file before it lets go: then this is a lock on a file without a name, and worth nothing.
+  struct stat named {};
+  auto const mine = file.status();
+  replaced = ::lstat(file.path().c_str(), &named) != 0 || named.st_ino != mine.st_ino || named.st_dev != mine.st_dev;
+  if (replaced || lease_is_alive(file, locks)) return nullptr;
+
+  auto const text = LeaseHolder::self().text();
+  file.resize(0);
+  file.write_at(0, as_byte_span(text));
+  file.sync();
+  return std::make_unique<LocalLease>(std::move(file));
+}
+
 /// See AnyMedium::acquire_lease.
 inline std::unique_ptr<Lease> acquire_local_lease(std::string const& path) {
   constexpr int rounds = 100;
   for (int round = 0;; ++round) {
     auto file = FileHandle::open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK);
     file.require_regular();
-    bool locks = true;
-    while (::flock(file.descriptor(), LOCK_EX | LOCK_NB) != 0) {
-      if (errno == EINTR) continue;
-      if (errno == EWOULDBLOCK) return nullptr;
-      if (errno != ENOSYS && errno != ENOTSUP && errno != EINVAL && errno != ENOLCK) throw file.failure(errno, "cannot lock the lease");
-      locks = false;
-      break;
-    }
-    // The holder before us removes the file before it lets go: then this is a lock on a file without a name, and worth nothing.
-    struct stat named {};
-    auto const mine = file.status();
-    if (::lstat(path.c_str(), &named) != 0 || named.st_ino != mine.st_ino || named.st_dev != mine.st_dev) {
-      if (round == rounds) throw file.failure(ESTALE, "the lease is replaced again and again");
-      continue;
-    }
-    if (lease_is_alive(file, locks)) return nullptr;
-
-    auto const text = LeaseHolder::self().text();
-    file.resize(0);
-    file.write_at(0, as_byte_span(text));
-    file.sync();
-    return std::make_unique<LocalLease>(std::move(file));
+    bool replaced = false;
+    auto lease = take_lease(std::move(file), replaced);
+    if (!replaced) return lease;
+    if (round == rounds) throw system_failure(ESTALE, "the lease is replaced again and again", path);
   }
 }
 

@@ -7,6 +7,7 @@
 
 #include <dcp/io/file.hpp>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>

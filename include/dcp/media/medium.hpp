@@ -155,8 +155,9 @@ class MediumModel final : public AnyMedium {
 /// The whole of a small file. Throws Error(limit) if it is larger than `most`, before reading it.
 inline Bytes read_file(AnyMedium& medium, std::string const& path, std::uint64_t most) {
   auto const file = medium.open_read(path);
-  if (file->size() > most) throw Error{ErrorCode::limit, "a file of " + std::to_string(file->size()) + " bytes, more than the limit of " + std::to_string(most)}.with_path(path);
-  Bytes bytes(static_cast<std::size_t>(file->size()));
+  auto const size = file->size();
+  if (size > most) throw Error{ErrorCode::limit, "a file of " + std::to_string(size) + " bytes, over the limit of " + std::to_string(most)}.with_path(path);
+  Bytes bytes(static_cast<std::size_t>(size));
   file->read_at(0, bytes);
   return bytes;
 }

@@ -14,6 +14,7 @@
 //   - in jobs of more ranks than may open one file, segments go around that many ranks.
 
 #include <dcp/plan/shares.hpp>
+#include <dcp/plan/transfer_index.hpp>
 
 #include <algorithm>
 #include <cstdint>
@@ -46,12 +47,6 @@ struct FilePlan {
   std::vector<PlannedFile> files;
   std::vector<StoredBox> stored;                               // sorted by (file, offset)
   std::vector<std::pair<std::string, Bytes>> commit_files;     // small files that are written at the commit, by one rank
-};
-
-/// [begin, end) of a file, in bytes.
-struct FileRange {
-  std::uint64_t begin, end;
-  std::uint64_t size() const { return end - begin; }
 };
 
 class SavePlan {

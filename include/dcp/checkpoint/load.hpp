@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// load: a checkpoint's tensors and values into the memory of a state, on any number of ranks and in any placement.
+//
+//   1. agree       ranks mean the same state and options
+//   2. open        rank 0 finds the checkpoint and its record; all ranks read headers, each its share
+//   3. plan        every difference between state and checkpoint, in one error; the ranges that this rank needs
+//   4. read        only those, by large reads, straight or over a staging buffer into the tensors
+//   5. verify      chunks against their checksums, together where no rank read all of one
+//   6. finish      values, then after_load() in name order
+//
+// Up to the end of 3 nothing is touched. After an error in 4 or 5 the tensors of the state are unspecified on all ranks, and no
+// after_load() has run; the same state can then be loaded from another checkpoint.
+
+#include <dcp/checkpoint/agreement.hpp>
+#include <dcp/checkpoint/open.hpp>
+#include <dcp/checkpoint/options.hpp>
+#include <dcp/checkpoint/read.hpp>
+#include <dcp/checkpoint/report.hpp>
+#include <dcp/checkpoint/save.hpp>
+#include <dcp/comm/agree.hpp>
+#include <dcp/plan/compare.hpp>
+
+#include <algorithm>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace dcp {
+namespace detail {
+
+inline EntryPolicy policy_of(LoadSettings const& settings, std::string_view name) {
+  PrefixPolicy policy{"", settings.on_missing, settings.on_unexpected, settings.on_shape, settings.on_dtype};
+  for (auto const& candidate : settings.for_prefix) {
+    bool const matches = candidate.prefix.empty() || (name.starts_with(candidate.prefix) && (name.size() == candidate.prefix.size() || name[candidate.prefix.size()] == '.'));
+    if (matches && candidate.prefix.size() >= policy.prefix.size()) policy = candidate;
+  }
+  return {policy.on_missing != OnMissing::error, policy.on_missing == OnMissing::zero, policy.on_unexpected == OnUnexpected::ignore, policy.on_shape == OnShape::keep, policy.on_dtype == OnDType::cast};
+}
+
+inline std::string options_text(LoadSettings const& settings) {
+  auto const policy = [](PrefixPolicy const& p) {
+    constexpr std::array missing{"error", "keep", "zero"};
+    constexpr std::array unexpected{"error", "ignore"}, shape{"error", "keep"}, dtype{"error", "cast"};
+    return std::string{"missing="} + missing[static_cast<std::size_t>(p.on_missing)] + " unexpected=" + unexpected[static_cast<std::size_t>(p.on_unexpected)] + " shape=" +
+           shape[static_cast<std::size_t>(p.on_shape)] + " dtype=" + dtype[static_cast<std::size_t>(p.on_dtype)];
+  };
+  constexpr std::array verify{"none", "standard", "full"};
+  std::string text = policy({"", settings.on_missing, settings.on_unexpected, settings.on_shape, settings.on_dtype}) + " verify=" + verify[static_cast<std::size_t>(settings.verify)];
+  for (auto const& p : settings.for_prefix) text += " [" + p.prefix + ": " + policy(p) + ']';
+  return text;
+}
+
+struct ReadPlan {
+  std::vector<Transfer> transfers;
+  std::vector<ReadPurpose> purposes;
+};
+
+/// The transfers that fill `held` of a tensor from its stored pieces. Where pieces overlap, the first fills and the others are compared.
+inline void plan_reads(CatalogTensor const& stored, DType memory_dtype, Box const& held, MemoryView const& memory, bool counts, ReadPlan& plan) {
+  auto const add = [&](StoredPiece const& piece, Box const& part, bool compare) {
+    if (!on_byte_boundaries(stored.dtype, part, piece.box))
+      throw Error{ErrorCode::misaligned, stored.name + ": the part " + to_string(part) + " of " + std::string{to_string(stored.dtype)} + " elements does not begin and end on a byte"};
+    Transfer transfer = make_transfer(stored.dtype, memory_dtype, part, held, memory, piece.box, piece.offset);
+    transfer.file = piece.file;
+    plan.transfers.push_back(transfer);
+    plan.purposes.push_back({counts, compare});
+  };
+  if (held.empty()) return;
+  if (!any_overlap(stored.pieces, stored.shape)) {
+    Box part;
+    for (auto const& piece : stored.pieces)
+      if (!piece.box.empty() && intersect(held, piece.box, part)) add(piece, part, false);
+    return;
+  }
+  std::vector<Box> missing{held}, rest, filled;
+  for (auto const& piece : stored.pieces) {
+    Box part;
+    for (auto const& box : filled)
+      if (intersect(box, piece.box, part)) add(piece, part, true);
+    rest.clear();
+    for (auto const& box : missing) {
+      if (intersect(box, piece.box, part)) {
+        add(piece, part, false);
+        filled.push_back(part);
+      }
+      subtract(box, piece.box, rest);
+    }
+    std::swap(missing, rest);
+  }
+}
+
+inline void fill_with_zeros(TensorEntry const& tensor, Box const& held) {
+  Transfer const transfer = make_transfer(tensor.dtype, tensor.dtype, held, held, tensor.memory, held, 0);
+  transfer.for_each_run(0, transfer.end, [](std::uint64_t, std::byte* memory, std::size_t bytes) { std::memset(memory, 0, bytes); });
+}
+
+/// This rank's box of a tensor, by its own entry: plain tensors are whole on every rank that lists them.
+inline Box held_box(TensorEntry const& tensor, std::int64_t rank) {
+  if (tensor.layout.everywhere) return Box::whole(tensor.layout.shape);
+  return box_of_rank(tensor.layout, rank).value_or(nothing_of(tensor.layout.shape));
+}
+
+inline Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place, StateDict const& state, LoadSettings const& settings) {
+  Stopwatch watch;
+  Report report;
+  report.operation = "load";
+  report.options = options_text(settings);
+  AnyMedium& medium = *place.medium;
+
+  watch.enter("agree");
+  agree(comm, "load: agree", [&] { check_resources(settings.memory_bytes, settings.threads); });
+  AgreedState const agreed = agree_state(comm, "load: agree", state, report.options, false);
+
+  constexpr int most_replacements = 8;   // of the place while it is being opened, before this is somebody's mistake
+  for (int attempt = 0;; ++attempt) {
+    watch.enter("open");
+    OpenedCheckpoint opened = open_checkpoint(comm, storage, medium, place.path, settings.verify);
+    Catalog const& catalog = opened.catalog;
+
+    watch.enter("plan");
+    struct Plan {
+      Comparison comparison;
+      ReadPlan reads;
+    };
+    Plan plan = agree(comm, "load: plan", [&] {
+      Plan result;
+      std::vector<RankPolicy> rank_policies;
+      for (auto const* local : agreed.local_values) rank_policies.push_back(local == nullptr ? RankPolicy::wrap : local->value.policy);
+      result.comparison = compare(
+          agreed.tensors, agreed.values, catalog, comm.size(), rank_policies,
+          [&](std::string const& name) {
+            std::vector<std::string> names;
+            for (auto const& tie : agreed.schema.ties)
+              if (tie.kept == name) names.push_back(tie.dropped);
+            return names;
+          },
+          [&](std::string_view name) { return policy_of(settings, name); });
+      for (std::size_t t = 0; t < agreed.tensors.size(); ++t) {
+        WantedTensor const& wanted = result.comparison.tensors[t];
+        StateEntry const* local = agreed.local_tensors[t];
+        if (wanted.how != WantedTensor::How::load || local == nullptr) continue;
+        plan_reads(*wanted.stored, local->tensor->dtype, held_box(*local->tensor, comm.rank()), local->tensor->memory, !wanted.shared, result.reads);
+      }
+      return result;
+    });
+
+    watch.enter("read");
+    std::vector<std::vector<FileRange>> loaded(catalog.files.size());
+    for (auto const& wanted : plan.comparison.tensors)
+      if (wanted.how == WantedTensor::How::load && !wanted.shared)
+        for (auto const& piece : wanted.stored->pieces)
+          loaded[piece.file].push_back({piece.offset, piece.offset + bytes_of(wanted.stored->dtype, static_cast<std::int64_t>(piece.box.size()))});
+    for (auto& ranges : loaded) std::sort(ranges.begin(), ranges.end(), [](FileRange const& a, FileRange const& b) { return a.begin < b.begin; });
+    Reader reader{comm, medium, opened, std::move(plan.reads.transfers), std::move(plan.reads.purposes), std::move(loaded), settings, watch};
+    // Files are opened first and the record is looked at after that: if it is still the same, so is what was opened.
+    bool const same = agree(comm, "load: open", [&] {
+      try {
+        reader.open_files();
+      } catch (Error const& error) {
+        if (!opened.record || error.code() != ErrorCode::missing_file) throw;
+      }
+      if (!opened.record) return true;
+      auto const now = read_record(medium, locate_checkpoint(medium, place.path).directory);
+      return now && now->id == opened.record->id;
+    });
+    if (all_reduce_min(comm, same ? 1 : 0) == 0) {
+      if (attempt < most_replacements) continue;
+      throw Error{ErrorCode::io, "the checkpoint is replaced again and again while it is being opened"}.with_path(place.path);
+    }
+    agree(comm, "load: read", [&] {
+      for (std::size_t t = 0; t < agreed.tensors.size(); ++t)
+        if (plan.comparison.tensors[t].how == WantedTensor::How::zero && agreed.local_tensors[t] != nullptr)
+          fill_with_zeros(*agreed.local_tensors[t]->tensor, held_box(*agreed.local_tensors[t]->tensor, comm.rank()));
+      try {
+        reader.read();
+      } catch (Error& error) {
+        throw error.with_hint("the tensors of the state are unspecified now; load them again, from here or from another checkpoint");
+      }
+    });
+    watch.enter("verify");
+    reader.verify_together();
+
+    watch.enter("finish");
+    agree(comm, "load: values", [&] {
+      for (std::size_t v = 0; v < agreed.values.size(); ++v) {
+        Value const* stored = plan.comparison.values[v].stored;
+        StateEntry const* local = agreed.local_values[v];
+        if (stored == nullptr || local == nullptr) continue;
+        if (stored->kind == ValueKind::per_rank) {
+          auto const saved = static_cast<std::int64_t>(stored->ranks.size());
+          std::int64_t const take = local->value.policy == RankPolicy::rank0 && saved != comm.size() ? 0 : comm.rank() % saved;
+          stored = &stored->ranks[static_cast<std::size_t>(take)];
+        }
+        Value converted;
+        if (stored->kind == ValueKind::number && stored->dtype != local->value.ops->dtype) {
+          exact_number(*stored, local->value.ops->dtype, converted);
+          stored = &converted;
+        }
+        local->value.ops->decode(local->value.object, *stored);
+      }
+    });
+    agree(comm, "load: after_load", [&] {
+      std::vector<AfterLoad> hooks = state.hooks();
+      std::stable_sort(hooks.begin(), hooks.end(), [](AfterLoad const& a, AfterLoad const& b) { return a.name < b.name; });
+      for (auto const& hook : hooks) hook.call(hook.object);
+    });
+
+    report.place = opened.directory;
+    report.id = opened.record ? opened.record->id : "";
+    report.foreign = !opened.record;
+    for (std::size_t t = 0; t < agreed.tensors.size(); ++t)
+      if (plan.comparison.tensors[t].how == WantedTensor::How::load) {
+        ++report.tensors;
+        report.tensor_bytes += bytes_of(agreed.tensors[t].dtype, agreed.tensors[t].layout.shape.elements());
+      }
+    for (auto const& value : plan.comparison.values) report.values += value.stored != nullptr ? 1 : 0;
+    report.cast = std::move(plan.comparison.cast);
+    report.missing = std::move(plan.comparison.missing);
+    report.unexpected = std::move(plan.comparison.unexpected);
+    report.kept = std::move(plan.comparison.kept);
+    report.duplicates = catalog.duplicates;
+    report.warnings = catalog.warnings;
+    report.verified_bytes = all_reduce_sum(comm, reader.verified_bytes);
+    report.unverified_bytes = all_reduce_sum(comm, reader.unverified_bytes);
+    report.verification_bytes = all_reduce_sum(comm, reader.verification_bytes + opened.verification_bytes);
+    watch.collect(comm, report);
+    return report;
+  }
+}
+
+}  // namespace detail
+
+/// Fills `state` from the checkpoint at `place`. Collective: every rank of `comm` calls it with the same place, names and options.
+///
+/// In place  tensors and values are written where they are; nothing is replaced or resized but strings, vectors and JSON
+/// Any mesh  each rank reads what its own placement needs, whatever mesh wrote the checkpoint
+/// Strict    missing, unexpected and mismatched entries are one Error that lists them all, before any memory is touched; LoadOptions
+///           has a policy for each, and the report says what it did
+/// Throws    the same Error on all ranks if any rank failed
+/// Example   auto report = dcp::load<dcp::SafeTensors>(world, "ckpt", {{"model", model}, {"step", step}});
+template <class S, class C>
+Report load(C& comm, place_of<S> const& place, StateDict const& state, LoadOptions<S> const& options = {}) {
+  [[maybe_unused]] detail::verb_arguments<S, C> check;
+  if constexpr (Storage<S> && Communicator<C>) {
+    return detail::load_state(CommRef{comm}, *S::open(options.storage), S::locate(place), state, detail::settings_of(options));
+  } else {
+    return {};
+  }
+}
+
+}  // namespace dcp

@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// Opening a checkpoint: which directory it is, what its record says, what its files hold. Rank 0 looks; all ranks read headers, each
+// of its share of the files, and learn of all of them.
+
+#include <dcp/checkpoint/checksums.hpp>
+#include <dcp/checkpoint/options.hpp>
+#include <dcp/checkpoint/place.hpp>
+#include <dcp/comm/agree.hpp>
+#include <dcp/storage/storage.hpp>
+
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace dcp::detail {
+
+/// The chunk checksums of the files of a committed checkpoint, read when they are asked for.
+class ChecksumTable {
+ public:
+  ChecksumTable() = default;
+  ChecksumTable(AnyMedium& medium, std::string directory, CommitRecord const& record) : medium_{&medium}, path_{std::move(directory) + '/' + std::string{checksums_name}} {
+    std::uint64_t at = 0;
+    for (auto const& file : record.files) {
+      entries_[file.path] = {at, file, {}};
+      at += 8 * file.chunks();
+    }
+    size_ = at;
+  }
+
+  RecordFile const* find(std::string const& path) const {
+    auto const at = entries_.find(path);
+    return at == entries_.end() ? nullptr : &at->second.file;
+  }
+  /// Throws Error(corrupt) if the table does not have the checksum that the record lists.
+  std::vector<std::uint64_t> const& of(std::string const& path) {
+    std::lock_guard const lock{*mutex_};
+    Entry& entry = entries_.at(path);
+    if (!entry.chunks.empty() || entry.file.chunks() == 0) return entry.chunks;
+    if (!open_) {
+      open_ = medium_->open_read(path_);
+      if (open_->size() != size_) throw Error{ErrorCode::corrupt, "the table of checksums has " + std::to_string(open_->size()) + " bytes; the files of the commit record need " + std::to_string(size_)}.with_path(path_);
+    }
+    std::vector<std::uint64_t> chunks(static_cast<std::size_t>(entry.file.chunks()));
+    open_->read_at(entry.at, std::as_writable_bytes(std::span{chunks}));
+    if (crc64(std::as_bytes(std::span{chunks})) != entry.file.table_crc)
+      throw Error{ErrorCode::corrupt, "the checksums of " + path + " do not have the checksum of the commit record"}.with_path(path_).with_range(entry.at, entry.at + 8 * chunks.size());
+    entry.chunks = std::move(chunks);
+    return entry.chunks;
+  }
+
+ private:
+  struct Entry {
+    std::uint64_t at;
+    RecordFile file;
+    std::vector<std::uint64_t> chunks;
+  };
+  AnyMedium* medium_ = nullptr;
+  std::string path_;
+  std::uint64_t size_ = 0;
+  std::map<std::string, Entry> entries_;
+  std::unique_ptr<ReadableFile> open_;
+  std::unique_ptr<std::mutex> mutex_ = std::make_unique<std::mutex>();
+};
+
+inline Error corrupt_chunk(std::string const& path, std::uint64_t file_size, std::uint64_t chunk, std::string const& tensors) {
+  return Error{ErrorCode::corrupt, "a chunk of the checkpoint does not have the checksum that was written with it" + (tensors.empty() ? "" : "; it holds " + tensors)}
+      .with_path(path)
+      .with_range(chunk * chunk_bytes, chunk * chunk_bytes + chunk_size(file_size, chunk));
+}
+
+struct OpenedCheckpoint {
+  std::string directory;
+  std::optional<CommitRecord> record;   // nothing for a foreign checkpoint
+  Catalog catalog;
+  ChecksumTable checksums;
+  std::uint64_t verification_bytes = 0; // that this rank read to verify headers
+};
+
+inline Bytes encode(Scan const& scan) {
+  ByteWriter out;
+  out.text(scan.directory).number(scan.indexed).number(scan.total_size).number<std::uint64_t>(scan.files.size());
+  for (auto const& file : scan.files) out.text(file);
+  out.number<std::uint64_t>(scan.index.size());
+  for (auto const& [tensor, file] : scan.index) out.text(tensor).text(file);
+  out.number<std::uint64_t>(scan.warnings.size());
+  for (auto const& warning : scan.warnings) out.text(warning);
+  return out.take();
+}
+inline Scan decode_scan(ByteReader in) {
+  Scan scan;
+  scan.directory = in.text(), scan.indexed = in.number<bool>(), scan.total_size = in.number<std::int64_t>();
+  for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) scan.files.push_back(in.text());
+  for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
+    std::string tensor = in.text();
+    scan.index.emplace_back(std::move(tensor), in.text());
+  }
+  for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) scan.warnings.push_back(in.text());
+  return scan;
+}
+
+/// The directory or file that is the checkpoint of a place, and its record.
+struct Located {
+  std::string directory;
+  bool has_record = false;
+  std::vector<std::string> warnings;
+};
+inline Located locate_checkpoint(AnyMedium& medium, std::string place) {
+  while (place.size() > 1 && place.ends_with('/')) place.pop_back();
+  Located located;
+  located.directory = place;
+  EntryKind const kind = medium.kind(place);
+  if (kind == EntryKind::missing) {
+    auto const siblings = siblings_of(medium, place);
+    auto const* newest = newest_committed(siblings);
+    if (newest == nullptr) {
+      Error error{ErrorCode::not_found, "there is no checkpoint"};
+      error.with_path(place);
+      if (!siblings.empty()) error.with_hint("an unfinished save lies beside it: " + siblings[0].path);
+      throw error;
+    }
+    located.directory = newest->path;
+    located.warnings.push_back("the place is missing; its last committed checkpoint, " + newest->path + ", is loaded (a save was interrupted between two renames)");
+  }
+  if (kind == EntryKind::file) return located;
+  if (kind == EntryKind::other) throw Error{ErrorCode::not_found, "the place is neither a directory nor a file"}.with_path(place);
+  auto const record = read_record(medium, located.directory);
+  located.has_record = record.has_value();
+  if (record && !record->committed) throw Error{ErrorCode::not_found, "the directory holds a save that was never committed"}.with_path(located.directory);
+  return located;
+}
+
+/// A chunk of a file, read and compared. Throws Error(corrupt).
+inline void verify_chunk(ReadableFile& file, std::string const& path, std::uint64_t file_size, std::uint64_t chunk, std::uint64_t expected, std::string const& tensors, Bytes& buffer) {
+  buffer.resize(static_cast<std::size_t>(chunk_size(file_size, chunk)));
+  file.read_at(chunk * chunk_bytes, buffer);
+  if (crc64(buffer) != expected) throw corrupt_chunk(path, file_size, chunk, tensors);
+}
+
+/// Collective. Touches no tensor memory.
+///
+/// Throws    on all ranks the same Error: not_found; what storage and record say of malformed files; corrupt for sizes and headers that
+///           differ from the commit record
+inline OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMedium& medium, std::string const& place, Verify verify) {
+  OpenedCheckpoint opened;
+  Bytes message = agree(comm, "load: open", [&] {
+    ByteWriter out;
+    if (comm.rank() != 0) return out.take();
+    Located located = locate_checkpoint(medium, place);
+    Bytes record_bytes, large;
+    if (located.has_record) {
+      record_bytes = read_file(medium, located.directory + '/' + std::string{record_name}, most_record_bytes);
+      CommitRecord const files = parse_record(record_bytes, {}, false);
+      if (std::any_of(files.files.begin(), files.files.end(), [](RecordFile const& f) { return f.path == values_name; })) {
+        large = read_file(medium, located.directory + '/' + std::string{values_name}, most_record_bytes);
+        for (auto const& file : files.files)
+          if (file.path == values_name && (large.size() != file.size || crc64(large) != file.crc))
+            throw Error{ErrorCode::corrupt, "the file of large values does not have the size and checksum of the commit record"}.with_path(located.directory + '/' + file.path);
+      }
+      if (files.storage != storage.name())
+        throw Error{ErrorCode::unsupported, "the checkpoint was saved as " + files.storage + ", and is loaded as " + std::string{storage.name()}}.with_path(located.directory);
+    }
+    CommitRecord record;
+    if (located.has_record) record = parse_record(record_bytes, large);
+    Scan scan = storage.scan(medium, located.directory, located.has_record ? &record : nullptr);
+    scan.warnings.insert(scan.warnings.begin(), located.warnings.begin(), located.warnings.end());
+    out.number(located.has_record).block(record_bytes).block(large).block(encode(scan));
+    return out.take();
+  });
+  broadcast_bytes(comm, message, 0);
+  Scan scan;
+  struct Headers {
+    Bytes bytes;
+    std::uint64_t verification_bytes = 0;
+  };
+  Headers const mine = agree(comm, "load: headers", [&] {
+    ByteReader in{message};
+    bool const has_record = in.number<bool>();
+    auto const record_bytes = in.block(), large = in.block();
+    scan = decode_scan(ByteReader{in.block()});
+    if (has_record) opened.record = parse_record(record_bytes, large);
+    opened.directory = scan.directory;
+    if (opened.record) opened.checksums = ChecksumTable{medium, opened.directory, *opened.record};
+    Headers headers;
+    ByteWriter out;
+    Bytes buffer;
+    for (std::size_t f = static_cast<std::size_t>(comm.rank()); f < scan.files.size(); f += static_cast<std::size_t>(comm.size())) {
+      std::string const path = opened.directory + '/' + scan.files[f];
+      RecordFile const* listed = opened.record ? opened.checksums.find(scan.files[f]) : nullptr;
+      std::unique_ptr<ReadableFile> file;
+      auto const check = [&](std::uint64_t chunk) {
+        verify_chunk(*file, path, listed->size, chunk, opened.checksums.of(scan.files[f])[static_cast<std::size_t>(chunk)], "the header", buffer);
+        headers.verification_bytes += buffer.size();
+      };
+      if (listed != nullptr) {
+        file = medium.open_read(path);
+        if (file->size() != listed->size) throw Error{ErrorCode::corrupt, "the file has " + std::to_string(file->size()) + " bytes; the commit record says " + std::to_string(listed->size)}.with_path(path);
+        if (verify != Verify::none && listed->chunks() > 0) check(0);   // before a byte of it is believed
+      }
+      FoundFile found = storage.read_header(medium, scan, scan.files[f]);
+      if (listed != nullptr && verify != Verify::none) {
+        std::uint64_t header_end = found.size;
+        for (auto const& tensor : found.tensors) header_end = std::min(header_end, tensor.offset);
+        for (std::uint64_t chunk = 1; chunk * chunk_bytes < header_end; ++chunk) check(chunk);
+      }
+      out.block(encode(found));
+      comm.progress();
+    }
+    headers.bytes = out.take();
+    return headers;
+  });
+  opened.verification_bytes = mine.verification_bytes;
+  std::vector<FoundFile> found;
+  for (auto const& part : all_gather_bytes(comm, mine.bytes))
+    for (ByteReader in{part}; !in.done() && in.ok();) found.push_back(decode_found_file(in.block()));
+  opened.catalog = agree(comm, "load: headers", [&] {
+    Catalog catalog = storage.assemble(scan, std::move(found), opened.record ? &*opened.record : nullptr);
+    if (opened.record) {
+      Problems problems;
+      for (auto const& tensor : opened.record->tensors) {
+        CatalogTensor const* stored = catalog.find_tensor(tensor.name);
+        if (stored == nullptr) problems.add(ErrorCode::corrupt, tensor.name + ": in the commit record, but in no file");
+        else if (stored->dtype != tensor.dtype || !(stored->shape == tensor.shape))
+          problems.add(ErrorCode::corrupt, tensor.name + ": the commit record says " + to_string(tensor.shape) + ' ' + std::string{to_string(tensor.dtype)} + ", the files say " + to_string(stored->shape) + ' ' + std::string{to_string(stored->dtype)});
+      }
+      if (problems.empty() && catalog.tensors.size() != opened.record->tensors.size()) problems.add(ErrorCode::corrupt, "the files hold other tensors than the commit record lists");
+      problems.raise();
+      catalog.values = opened.record->values;
+      std::sort(catalog.values.begin(), catalog.values.end(), [](auto const& a, auto const& b) { return a.first < b.first; });
+      catalog.ties.clear();
+      for (auto const& [dropped, kept] : opened.record->ties) catalog.ties.push_back({dropped, kept});
+      std::sort(catalog.ties.begin(), catalog.ties.end());
+    }
+    return catalog;
+  });
+  return opened;
+}
+
+}  // namespace dcp::detail

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// load_from_keys: reads a checkpoint without a state to fill, and owns what it read.
+
+#include <dcp/checkpoint/load.hpp>
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace dcp {
+
+/// A whole tensor in memory of its own: dense, row-major, elements smaller than a byte packed.
+class OwnedTensor {
+ public:
+  OwnedTensor(DType dtype, Extents const& shape) : dtype_{dtype}, shape_{shape}, bytes_(static_cast<std::size_t>(bytes_of(dtype, shape.elements()))) {}
+  DType dtype() const { return dtype_; }
+  Extents const& shape() const { return shape_; }
+  ConstByteSpan bytes() const { return bytes_; }
+  ByteSpan bytes() { return bytes_; }
+  /// The elements as T. Throws Error(dtype_mismatch) if they are none.
+  template <class T>
+  std::span<storage_of<T> const> as() const {
+    if (dtype_of<T> != dtype_) throw Error{ErrorCode::dtype_mismatch, "a tensor of " + std::string{to_string(dtype_)} + " read as " + std::string{to_string(dtype_of<T>)}};
+    return {reinterpret_cast<storage_of<T> const*>(bytes_.data()), bytes_.size() / sizeof(storage_of<T>)};
+  }
+
+ private:
+  DType dtype_;
+  Extents shape_;
+  Bytes bytes_;
+};
+
+/// What load_from_keys read: names to tensors, and names to values, each in name order.
+class OwnedState {
+ public:
+  std::map<std::string, OwnedTensor> const& tensors() const { return tensors_; }
+  std::map<std::string, Value> const& values() const { return values_; }
+  std::map<std::string, OwnedTensor>& tensors() { return tensors_; }
+  Report const& report() const { return report_; }
+
+ private:
+  friend OwnedState owned_state_of(std::map<std::string, OwnedTensor>, std::map<std::string, Value>, Report);
+  std::map<std::string, OwnedTensor> tensors_;
+  std::map<std::string, Value> values_;
+  Report report_;
+};
+inline OwnedState owned_state_of(std::map<std::string, OwnedTensor> tensors, std::map<std::string, Value> values, Report report) {
+  OwnedState state;
+  state.tensors_ = std::move(tensors), state.values_ = std::move(values), state.report_ = std::move(report);
+  return state;
+}
+
+namespace detail {
+
+/// Whether `name` is one of `keys`, or lies below one: whole components between dots. No keys: everything.
+inline bool selected(std::string_view name, std::vector<std::string> const& keys) {
+  return keys.empty() || std::any_of(keys.begin(), keys.end(), [&](std::string const& key) { return name.starts_with(key) && (name.size() == key.size() || name[key.size()] == '.'); });
+}
+
+inline OwnedState load_owned(CommRef comm, AnyStorage const& storage, PlaceRef const& place, std::vector<std::string> const& keys, LoadSettings settings) {
+  OpenedCheckpoint const opened = open_checkpoint(comm, storage, *place.medium, place.path, settings.verify);
+  std::map<std::string, OwnedTensor> tensors;
+  std::map<std::string, Value> values;
+  StateDict state;
+  agree(comm, "load: allocate", [&] {
+    auto const add = [&](std::string const& name, CatalogTensor const& stored) {
+      auto& tensor = tensors.try_emplace(name, stored.dtype, stored.shape).first->second;
+      state.add_tensor(name, stored.dtype, plain_layout(stored.shape), {tensor.bytes().data(), row_major_strides(stored.shape)});
+    };
+    for (auto const& stored : opened.catalog.tensors)
+      if (selected(stored.name, keys)) add(stored.name, stored);
+    for (auto const& tie : opened.catalog.ties)
+      if (auto const* stored = opened.catalog.find_tensor(tie.kept); stored != nullptr && selected(tie.dropped, keys) && opened.catalog.find_tensor(tie.dropped) == nullptr) add(tie.dropped, *stored);
+    for (auto const& [name, value] : opened.catalog.values)
+      if (selected(name, keys)) values.emplace(name, value);
+    for (auto const& key : keys)
+      if (std::none_of(tensors.begin(), tensors.end(), [&](auto const& t) { return selected(t.first, {key}); }) && std::none_of(values.begin(), values.end(), [&](auto const& v) { return selected(v.first, {key}); }))
+        throw Error{ErrorCode::missing_entry, json_quoted(key) + ": Missing key in checkpoint; no entry has this name or lies below it"};
+  });
+  settings.on_unexpected = OnUnexpected::ignore;
+  settings.for_prefix.clear();
+  Report report = load_state(comm, storage, place, state, settings);
+  return owned_state_of(std::move(tensors), std::move(values), std::move(report));
+}
+
+}  // namespace detail
+
+/// Reads the entries whose name is one of `keys`, or lies below one ("optimizer.state" takes "optimizer.state.step" and not
+/// "optimizer.state_dict"); all of them if `keys` is empty. Collective; every rank gets whole tensors in memory of its own.
+///
+/// Throws    Error(missing_entry) for a key that selects nothing, and what load throws
+/// Note      write the keys as {"a", "b"}; {{"a", "b"}} would be one string made of two iterators
+/// Example   auto state = dcp::load_from_keys<dcp::SafeTensors>(self, "model", {"lm_head"});  state.tensors().at("lm_head.weight").shape();
+template <class S, class C>
+OwnedState load_from_keys(C& comm, place_of<S> const& place, std::vector<std::string> const& keys = {}, LoadOptions<S> const& options = {}) {
+  [[maybe_unused]] detail::verb_arguments<S, C> check;
+  if constexpr (Storage<S> && Communicator<C>) {
+    return detail::load_owned(CommRef{comm}, *S::open(options.storage), S::locate(place), keys, detail::settings_of(options));
+  } else {
+    return {};
+  }
+}
+
+}  // namespace dcp

@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// Moves bytes of a checkpoint's files into a rank's memory, and verifies together with the other ranks what no rank read whole.
+//
+// A chunk that this rank needs all of is verified here. Of other chunks, this rank contributes the checksum of the runs that it
+// read; one rank per chunk adds up what came. Together ranks read all of every tensor that is loaded, so what nobody read of a
+// chunk is known: the header, and tensors that are not loaded; that rank reads it. Runs that replicas read too are compared with
+// theirs (different nodes may read different copies) and counted once.
+
+#include <dcp/checkpoint/checksums.hpp>
+#include <dcp/checkpoint/open.hpp>
+#include <dcp/checkpoint/options.hpp>
+#include <dcp/checkpoint/report.hpp>
+#include <dcp/checkpoint/write.hpp>
+#include <dcp/core/cast.hpp>
+#include <dcp/io/aligned_buffer.hpp>
+#include <dcp/io/parallel.hpp>
+#include <dcp/plan/transfer_index.hpp>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace dcp::detail {
+
+/// What a transfer is for, beside its bytes.
+struct ReadPurpose {
+  bool counts = true;      // false where two entries read one stored tensor: its bytes can be added up for one of them only
+  bool compare = false;    // a piece stored twice: compared with what memory holds, not written to it
+};
+
+/// A rank's runs in a chunk, as it tells the rank that adds the chunk up.
+struct Contribution {
+  std::uint32_t file;
+  std::uint64_t chunk, first, bytes, raw;   // `first`: file position of the first run; `bytes`: of all runs
+  bool counts;
+};
+
+class Reader {
+ public:
+  static constexpr std::uint64_t gap_bytes = 32 << 10;   // a hole that is cheaper to read than to skip
+
+  /// `loaded`: per file, the ranges of all tensors that ranks load, sorted
+  Reader(CommRef comm, AnyMedium& medium, OpenedCheckpoint& opened, std::vector<Transfer> transfers, std::vector<ReadPurpose> purposes, std::vector<std::vector<FileRange>> loaded,
+         LoadSettings const& settings, Stopwatch& watch)
+      : comm_{comm}, medium_{medium}, opened_{opened}, loaded_{std::move(loaded)}, purposes_{std::move(purposes)}, settings_{settings}, budget_{Budget::of(settings.memory_bytes, settings.threads)}, watch_{watch} {
+    for (std::uint32_t i = 0; i < transfers.size(); ++i) transfers[i].tensor = i;   // to find its purpose after sorting
+    index_ = TransferIndex{std::move(transfers)};
+    files_.resize(opened.catalog.files.size());
+    verifies_ = settings.verify != Verify::none && opened.record.has_value();
+  }
+
+  /// Opens every file that this rank will read. Files once open stay what they are when the place gets a new checkpoint.
+  void open_files() {
+    for (auto const& transfer : index_.transfers()) file(transfer.file);
+  }
+
+  void read() {
+    auto const windows = index_.windows(budget_.buffer_bytes);
+    std::vector<std::optional<AlignedBuffer>> buffers(budget_.threads);
+    std::uint64_t total = 0;
+    for (auto const& transfer : index_.transfers()) total += transfer.bytes();
+    auto reported = Stopwatch::clock::now();
+    // Ranks begin at different places, so that they do not all ask for the same file first.
+    std::size_t const start = windows.empty() ? 0 : windows.size() * static_cast<std::size_t>(comm_.rank()) / static_cast<std::size_t>(comm_.size());
+    // Copies that are only compared come after what they are compared with.
+    for (bool const compare : {false, true}) {
+      if (compare && std::none_of(purposes_.begin(), purposes_.end(), [](ReadPurpose const& p) { return p.compare; })) break;
+      parallel_for(
+          budget_.threads, windows.size(),
+          [&](std::size_t thread, std::size_t item) {
+            if (!buffers[thread]) buffers[thread].emplace(static_cast<std::size_t>(budget_.buffer_bytes + slack));
+            auto const& [f, window] = windows[(item + start) % windows.size()];
+            read_window(f, window, *buffers[thread], compare);
+          },
+          [&] {
+            comm_.progress();
+            auto const now = Stopwatch::clock::now();
+            if (settings_.progress && now - reported > std::chrono::milliseconds{250}) {
+              reported = now;
+              settings_.progress({"read", done_, total});
+            }
+          });
+    }
+    watch_.here().bytes += done_;
+    watch_.here().operations += operations_;
+    if (settings_.progress) settings_.progress({"read", total, total});
+  }
+
+  /// Adds up the chunks that ranks read in parts. Collective.
+  void verify_together() {
+    if (!verifies_) {
+      unverified_bytes += needed_;
+      return;
+    }
+    std::map<int, ByteWriter> messages;
+    for (auto const& c : contributions_)
+      messages[static_cast<int>((c.file * std::uint64_t{131} + c.chunk) % static_cast<std::uint64_t>(comm_.size()))]
+          .number(c.file).number(c.chunk).number(c.first).number(c.bytes).number(c.raw).number(c.counts);
+    contributions_ = {};
+    std::vector<Message> outgoing;
+    for (auto& [rank, message] : messages) outgoing.push_back({rank, message.take()});
+    auto const incoming = comm_.exchange(std::move(outgoing));
+    agree(comm_, "load: verify", [&] {
+      std::map<std::pair<std::uint32_t, std::uint64_t>, std::vector<Contribution>> chunks;
+      for (auto const& message : incoming)
+        for (ByteReader in{message.bytes}; !in.done() && in.ok();) {
+          Contribution c{};
+          c.file = in.number<std::uint32_t>(), c.chunk = in.number<std::uint64_t>(), c.first = in.number<std::uint64_t>(), c.bytes = in.number<std::uint64_t>();
+          c.raw = in.number<std::uint64_t>(), c.counts = in.number<bool>();
+          chunks[{c.file, c.chunk}].push_back(c);
+        }
+      for (auto& [key, list] : chunks) {
+        add_up(key.first, key.second, list);
+        comm_.progress();
+      }
+    });
+  }
+
+  std::uint64_t verified_bytes = 0, unverified_bytes = 0;
+  std::atomic<std::uint64_t> verification_bytes{0};
+
+ private:
+  static constexpr std::uint64_t slack = 4096;   // for elements that begin in a window and end behind it
+  struct Run {
+    std::uint64_t at, bytes;
+    std::byte* memory;
+    std::uint32_t transfer;
+  };
+
+  ReadableFile& file(std::uint32_t f) {
+    std::lock_guard const lock{mutex_};
+    if (!files_[f]) {
+      CatalogFile const& known = opened_.catalog.files[f];
+      files_[f] = medium_.open_read(path(f));
+      if (files_[f]->size() != known.size) throw Error{ErrorCode::corrupt, "the file has " + std::to_string(files_[f]->size()) + " bytes; it had " + std::to_string(known.size) + " when its header was read"}.with_path(path(f));
+    }
+    return *files_[f];
+  }
+  std::string path(std::uint32_t f) const { return opened_.directory + '/' + opened_.catalog.files[f].path; }
+
+  void read_window(std::uint32_t f, FileRange window, AlignedBuffer& buffer, bool compare) {
+    std::uint64_t const file_size = opened_.catalog.files[f].size;
+    std::vector<Run> runs;
+    index_.for_each_in(f, window, [&](std::uint32_t t, std::int64_t from, std::int64_t to) {
+      if (purposes_[index_[t].tensor].compare != compare) return;
+      index_[t].for_each_run(from, to, [&](std::uint64_t at, std::byte* memory, std::size_t bytes) { runs.push_back({at, bytes, memory, t}); });
+    });
+    if (runs.empty()) return;
+    std::sort(runs.begin(), runs.end(), [](Run const& a, Run const& b) { return a.at < b.at; });
+    // What to read: the runs, over small holes; whole chunks when everything is to be verified.
+    std::vector<FileRange> ranges;
+    std::uint64_t needed = 0;
+    for (auto const& run : runs) {
+      FileRange range{run.at, run.at + run.bytes};
+      needed += run.bytes;
+      if (verifies_ && settings_.verify == Verify::full) range = {round_down(range.begin, chunk_bytes), std::max(range.end, std::min(file_size, round_up(std::min(range.end, window.end), chunk_bytes)))};
+      if (!ranges.empty() && range.begin <= ranges.back().end + gap_bytes) ranges.back().end = std::max(ranges.back().end, range.end);
+      else ranges.push_back(range);
+    }
+    ReadableFile& in = file(f);
+    for (auto const& range : ranges) {
+      try {
+        in.read_at(range.begin, {buffer.data() + (range.begin - window.begin), static_cast<std::size_t>(range.size())});
+      } catch (Error& error) {
+        throw error.with_path(path(f)).with_range(range.begin, range.end);
+      }
+    }
+    auto const bytes_at = [&](std::uint64_t at) { return buffer.data() + (at - window.begin); };
+    if (verifies_ && opened_.checksums.find(opened_.catalog.files[f].path) != nullptr) verify_window(f, file_size, window, runs, ranges, bytes_at);
+    for (auto const& run : runs) {
+      Transfer const& transfer = index_[run.transfer];
+      std::byte const* from = bytes_at(run.at);
+      if (compare) {
+        if (transfer.dtype == transfer.memory_dtype && std::memcmp(run.memory, from, static_cast<std::size_t>(run.bytes)) != 0)
+          throw Error{ErrorCode::corrupt, "two files hold the same elements of " + tensors_in({run.at, run.at + run.bytes}, f) + " with different values"}.with_path(path(f)).with_range(run.at, run.at + run.bytes);
+      } else if (transfer.dtype == transfer.memory_dtype) {
+        std::memcpy(run.memory, from, static_cast<std::size_t>(run.bytes));
+      } else {
+        cast_elements(transfer.dtype, from, transfer.memory_dtype, run.memory, static_cast<std::size_t>(run.bytes * 8 / static_cast<std::uint64_t>(bits_of(transfer.dtype))));
+      }
+    }
+    done_ += needed;
+    operations_ += ranges.size();
+    std::lock_guard const lock{mutex_};
+    needed_ += needed;
+    for (auto const& range : ranges) read_ += range.size();
+  }
+
+  // `bytes_at`: the buffer, where it holds the file's bytes.
+  template <class BytesAt>
+  void verify_window(std::uint32_t f, std::uint64_t file_size, FileRange window, std::vector<Run> const& runs, std::vector<FileRange> const& ranges, BytesAt bytes_at) {
+    auto const& table = opened_.checksums.of(opened_.catalog.files[f].path);
+    std::vector<Contribution> mine;
+    std::uint64_t verified = 0, extra = 0;
+    for (std::uint64_t begin = window.begin; begin < std::min(window.end, file_size); begin += chunk_bytes) {
+      std::uint64_t const chunk = begin / chunk_bytes, size = chunk_size(file_size, chunk), end = begin + size;
+      auto const covering = std::find_if(ranges.begin(), ranges.end(), [&](FileRange const& r) { return r.begin <= begin && r.end >= end; });
+      std::uint64_t needed = 0;
+      for (auto const& run : runs) needed += run.at < end && run.at + run.bytes > begin ? std::min(end, run.at + run.bytes) - std::max(begin, run.at) : 0;
+      if (needed == 0) continue;
+      if (covering != ranges.end()) {
+        if (crc64({bytes_at(begin), static_cast<std::size_t>(size)}) != table[static_cast<std::size_t>(chunk)]) throw corrupt_chunk(path(f), file_size, chunk, tensors_in({begin, end}, f));
+        verified += needed;
+        extra += size - std::min(size, needed);
+      }
+    }
+    // The rest: per transfer and chunk, what its runs add to the chunk. Runs may reach into the chunk behind the window.
+    std::map<std::pair<std::uint32_t, std::uint64_t>, std::pair<PositionedCrc, Contribution>> open;
+    for (auto const& run : runs) {
+      auto const covered = [&](std::uint64_t chunk) {
+        std::uint64_t const begin = chunk * chunk_bytes, end = begin + chunk_size(file_size, chunk);
+        return begin >= window.begin && std::any_of(ranges.begin(), ranges.end(), [&](FileRange const& r) { return r.begin <= begin && r.end >= end; });
+      };
+      for_each_chunk(file_size, run.at, {bytes_at(run.at), static_cast<std::size_t>(run.bytes)}, [&](std::uint64_t chunk, std::uint64_t offset, std::uint64_t size, ConstByteSpan part) {
+        if (chunk * chunk_bytes < window.end && covered(chunk)) return;
+        std::uint64_t const position = chunk * chunk_bytes + offset;
+        auto const at = open.try_emplace({run.transfer, chunk}, PositionedCrc{size}, Contribution{f, chunk, position, 0, 0, purposes_[index_[run.transfer].tensor].counts}).first;
+        Contribution& sum = at->second.second;
+        at->second.first.add(offset, part);
+        sum.bytes += part.size();
+      });
+    }
+    for (auto& [key, value] : open) {
+      value.second.raw = value.first.contribution();
+      mine.push_back(value.second);
+    }
+    verification_bytes += extra;
+    std::lock_guard const lock{mutex_};
+    verified_bytes += verified;
+    contributions_.insert(contributions_.end(), mine.begin(), mine.end());
+  }
+
+  void add_up(std::uint32_t f, std::uint64_t chunk, std::vector<Contribution>& list) {
+    std::uint64_t const file_size = opened_.catalog.files[f].size, size = chunk_size(file_size, chunk), begin = chunk * chunk_bytes;
+    std::string const& name = opened_.catalog.files[f].path;
+    std::sort(list.begin(), list.end(), [](Contribution const& a, Contribution const& b) { return std::tie(a.first, a.bytes) < std::tie(b.first, b.bytes); });
+    for (auto const& c : list)
+      if (!c.counts) unverified_bytes += c.bytes;
+    std::erase_if(list, [](Contribution const& c) { return !c.counts; });
+    if (list.empty()) return;
+    std::uint64_t raw = 0, counted = 0, all = 0;
+    for (std::size_t i = 0; i < list.size(); ++i) {
+      all += list[i].bytes;
+      if (i > 0 && list[i].first == list[i - 1].first && list[i].bytes == list[i - 1].bytes) {
+        if (list[i].raw != list[i - 1].raw)
+          throw Error{ErrorCode::corrupt, "two ranks read different bytes for " + tensors_in({list[i].first, list[i].first + list[i].bytes}, f)}.with_path(path(f)).with_range(begin, begin + size);
+        continue;
+      }
+      raw ^= list[i].raw;
+      counted += list[i].bytes;
+    }
+    std::vector<FileRange> unread;
+    std::uint64_t at = begin;
+    for (auto const& range : loaded_[f]) {
+      if (range.end <= at) continue;
+      if (range.begin >= begin + size) break;
+      if (range.begin > at) unread.push_back({at, range.begin});
+      at = std::min(begin + size, range.end);
+    }
+    if (at < begin + size) unread.push_back({at, begin + size});
+    for (auto const& range : unread) counted += range.size();
+    if (counted != size) {   // entries that read parts of one stored tensor
+      unverified_bytes += all;
+      return;
+    }
+    Bytes bytes;
+    for (auto const& range : unread) {
+      bytes.resize(static_cast<std::size_t>(range.size()));
+      file(f).read_at(range.begin, bytes);
+      raw ^= crc64_contribution(bytes, range.begin - begin, size);
+      verification_bytes += range.size();
+    }
+    if (crc64_from_raw(raw, size) != opened_.checksums.of(name)[static_cast<std::size_t>(chunk)]) throw corrupt_chunk(path(f), file_size, chunk, tensors_in({begin, begin + size}, f));
+    verified_bytes += all;
+  }
+
+  std::string tensors_in(FileRange range, std::uint32_t f) const {
+    std::string names;
+    int count = 0;
+    for (auto const& tensor : opened_.catalog.tensors)
+      for (auto const& piece : tensor.pieces)
+        if (piece.file == f && piece.offset < range.end && piece.offset + bytes_of(tensor.dtype, static_cast<std::int64_t>(piece.box.size())) > range.begin && ++count <= 4)
+          names += (names.empty() ? "" : ", ") + tensor.name;
+    return count > 4 ? names + " and " + std::to_string(count - 4) + " more" : names;
+  }
+
+  CommRef comm_;
+  AnyMedium& medium_;
+  OpenedCheckpoint& opened_;
+  TransferIndex index_;
+  std::vector<std::vector<FileRange>> loaded_;
+  std::vector<ReadPurpose> purposes_;
+  LoadSettings const& settings_;
+  Budget budget_;
+  Stopwatch& watch_;
+  bool verifies_ = false;
+  std::vector<std::unique_ptr<ReadableFile>> files_;
+  std::mutex mutex_;
+  std::vector<Contribution> contributions_;
+  std::uint64_t needed_ = 0, read_ = 0;
+  std::atomic<std::uint64_t> done_{0}, operations_{0};
+};
+
+}  // namespace dcp::detail

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// dcp: checkpoints of distributed training state. Everything that needs no optional dependency; MPI is in dcp/comm/mpi.hpp, Eigen in
+// dcp/ext/eigen.hpp.
+
+#include <dcp/base/error.hpp>
+#include <dcp/base/result.hpp>
+#include <dcp/base/version.hpp>
+#include <dcp/checkpoint/load.hpp>
+#include <dcp/checkpoint/options.hpp>
+#include <dcp/checkpoint/owned_state.hpp>
+#include <dcp/checkpoint/report.hpp>
+#include <dcp/checkpoint/save.hpp>
+#include <dcp/comm/communicator.hpp>
+#include <dcp/comm/self.hpp>
+#include <dcp/comm/threads.hpp>
+#include <dcp/core/dtype.hpp>
+#include <dcp/core/layout.hpp>
+#include <dcp/core/mesh.hpp>
+#include <dcp/core/placement.hpp>
+#include <dcp/core/shape.hpp>
+#include <dcp/core/sharded_tensor.hpp>
+#include <dcp/core/state_dict.hpp>
+#include <dcp/core/tensor_view.hpp>
+#include <dcp/ext/json.hpp>
+#include <dcp/media/local_fs.hpp>
+#include <dcp/media/memory.hpp>
+#include <dcp/storage/safetensors.hpp>
+#include <dcp/storage/storage.hpp>

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// What a state wants against what a checkpoint holds: every difference found before anything is read.
+
+#include <dcp/core/cast.hpp>
+#include <dcp/plan/catalog.hpp>
+#include <dcp/plan/schema.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace dcp {
+
+/// What to do with an entry where the checkpoint differs.
+struct EntryPolicy {
+  bool allow_missing = false, zero_missing = false, allow_unexpected = false, keep_shape = false, cast = false;
+};
+
+/// How a wanted tensor is served.
+struct WantedTensor {
+  enum class How : std::uint8_t { load, keep, zero } how = How::load;
+  CatalogTensor const* stored = nullptr;
+  bool shared = false;   // an earlier entry reads the same stored tensor
+};
+struct WantedValue {
+  Value const* stored = nullptr;   // nullptr: keeps its value
+};
+struct Comparison {
+  std::vector<WantedTensor> tensors;   // in the order of the tensors asked for
+  std::vector<WantedValue> values;
+  std::vector<std::string> missing, unexpected, cast, kept;
+};
+
+namespace detail {
+inline std::string describe(DType dtype, Extents const& shape) { return to_string(shape) + ' ' + std::string{to_string(dtype)}; }
+
+// The number in `value` as another number type, if that holds it exactly.
+inline bool exact_number(Value const& value, DType to, Value& out) {
+  bool exact = false;
+  with_number_type(value.dtype, [&](auto from) {
+    with_number_type(to, [&](auto target) {
+      using From = decltype(from);
+      using To = decltype(target);
+      if (value.payload.size() != sizeof(From)) return;
+      From x;
+      if constexpr (std::is_same_v<From, bool>) x = value.payload[0] != std::byte{0};
+      else x = load_little_endian<From>(value.payload.data());
+      To y;
+      if constexpr (std::is_floating_point_v<From> && !std::is_floating_point_v<To>) {
+        // 2^63 and 2^64 are the first values that no longer fit, and floats; the comparisons are exact.
+        if (!(x > -9223372036854775808.0 && x < 18446744073709551616.0)) return;
+        if (x < 0 || x < 9223372036854775808.0) y = static_cast<To>(static_cast<std::int64_t>(x));
+        else y = static_cast<To>(static_cast<std::uint64_t>(x));
+      } else {
+        y = static_cast<To>(x);
+      }
+      if constexpr (std::is_integral_v<From> && std::is_integral_v<To>) exact = static_cast<From>(y) == x && (y < To{}) == (x < From{});
+      else exact = static_cast<From>(y) == x;
+      if (exact && sizeof(To) == 8 && std::is_floating_point_v<To> && std::is_integral_v<From>) exact = static_cast<long double>(y) == static_cast<long double>(x);
+      out = {ValueKind::number, to, Bytes(sizeof(To)), {}};
+      std::memcpy(out.payload.data(), &y, sizeof y);
+    });
+  });
+  return exact;
+}
+}  // namespace detail
+
+/// `names_tied_to(name)`: other names under which the state knows the same tensor, tried when the checkpoint lacks `name`.
+/// `policy_of(name)`: the policy of a name.
+///
+/// Throws    one Error that lists every missing, unexpected and mismatched entry that no policy allows; the code is that of the first
+template <class TiedNames, class PolicyOf>
+Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEntry const*> const& values, Catalog const& catalog, std::int64_t ranks, std::vector<RankPolicy> const& rank_policies,
+                   TiedNames names_tied_to, PolicyOf policy_of) {
+  Comparison result;
+  Problems problems;
+  std::vector<CatalogTensor const*> used;
+  std::vector<Value const*> used_values;
+  auto const find = [&](std::string const& name) -> CatalogTensor const* {
+    if (auto const* tensor = catalog.find_tensor(name)) return tensor;
+    return catalog.find_tensor(catalog.stored_name(name));
+  };
+  for (auto const& tensor : tensors) {
+    EntryPolicy const policy = policy_of(tensor.name);
+    WantedTensor& wanted = result.tensors.emplace_back();
+    wanted.stored = find(tensor.name);
+    for (auto const& other : names_tied_to(tensor.name)) {
+      if (wanted.stored == nullptr) wanted.stored = find(other);
+      if (auto const* also = find(other)) used.push_back(also);
+    }
+    if (wanted.stored == nullptr) {
+      if (catalog.find_value(tensor.name) != nullptr) {
+        problems.add(ErrorCode::kind_mismatch, tensor.name + ": checkpoint has a value, state wants a tensor");
+      } else if (!policy.allow_missing) {
+        problems.add(ErrorCode::missing_entry, tensor.name + ": Missing key in checkpoint; state wants " + detail::describe(tensor.dtype, tensor.layout.shape));
+        problems.hint("LoadOptions::on_missing = keep leaves such entries unchanged");
+      } else {
+        wanted.how = policy.zero_missing ? WantedTensor::How::zero : WantedTensor::How::keep;
+        result.missing.push_back(tensor.name);
+      }
+      continue;
+    }
+    wanted.shared = std::find(used.begin(), used.end(), wanted.stored) != used.end() && names_tied_to(tensor.name).empty();
+    used.push_back(wanted.stored);
+    CatalogTensor const& stored = *wanted.stored;
+    std::string const difference = tensor.name + ": checkpoint has " + detail::describe(stored.dtype, stored.shape) + ", state wants " + detail::describe(tensor.dtype, tensor.layout.shape);
+    if (!(stored.shape == tensor.layout.shape)) {
+      if (policy.keep_shape) {
+        wanted.how = WantedTensor::How::keep;
+        result.kept.push_back(tensor.name);
+      } else {
+        problems.add(ErrorCode::shape_mismatch, difference + " (Size mismatch)");
+        problems.hint("LoadOptions::on_shape = keep leaves such tensors unchanged");
+      }
+    } else if (stored.dtype != tensor.dtype) {
+      if (policy.cast && can_cast(stored.dtype, tensor.dtype)) result.cast.push_back(tensor.name + ": " + std::string{to_string(stored.dtype)} + " to " + std::string{to_string(tensor.dtype)});
+      else problems.add(ErrorCode::dtype_mismatch, difference + (policy.cast ? "; there is no cast between them that keeps what it should" : ""));
+      problems.hint("LoadOptions::on_dtype = cast converts between floats");
+    }
+  }
+  for (std::size_t v = 0; v < values.size(); ++v) {
+    SchemaEntry const& value = *values[v];
+    EntryPolicy const policy = policy_of(value.name);
+    WantedValue& wanted = result.values.emplace_back();
+    Value const* stored = catalog.find_value(value.name);
+    if (stored == nullptr) {
+      if (find(value.name) != nullptr) {
+        problems.add(ErrorCode::kind_mismatch, value.name + ": checkpoint has a tensor, state wants a value");
+        used.push_back(find(value.name));
+      } else if (!policy.allow_missing) {
+        problems.add(ErrorCode::missing_entry, value.name + ": Missing key in checkpoint; state wants a value (" + std::string{to_string(value.value_kind)} + ")");
+        problems.hint("LoadOptions::on_missing = keep leaves such entries unchanged");
+      } else {
+        result.missing.push_back(value.name);
+      }
+      continue;
+    }
+    used_values.push_back(stored);
+    bool const stored_per_rank = stored->kind == ValueKind::per_rank;
+    if (stored_per_rank != value.per_rank) {
+      problems.add(ErrorCode::kind_mismatch, value.name + (stored_per_rank ? ": checkpoint has a value per rank, state wants one for all" : ": checkpoint has one value for all ranks, state wants one per rank"));
+      continue;
+    }
+    if (stored_per_rank && static_cast<std::int64_t>(stored->ranks.size()) != ranks && rank_policies[v] == RankPolicy::fail) {
+      problems.add(ErrorCode::ranks_disagree, value.name + ": saved per rank by " + std::to_string(stored->ranks.size()) + " ranks, loaded by " + std::to_string(ranks));
+      problems.hint("per_rank(x, RankPolicy::wrap) or RankPolicy::rank0 says what ranks take then");
+      continue;
+    }
+    Value const* sample = stored_per_rank ? (stored->ranks.empty() ? nullptr : &stored->ranks.front()) : stored;
+    if (sample == nullptr || sample->kind != value.value_kind) {
+      problems.add(ErrorCode::kind_mismatch, value.name + ": checkpoint has " + std::string{sample == nullptr ? "nothing" : to_string(sample->kind)} + ", state wants " + std::string{to_string(value.value_kind)});
+    } else if ((sample->kind == ValueKind::number || sample->kind == ValueKind::array) && sample->dtype != value.dtype) {
+      Value converted;
+      if (policy.cast && !stored_per_rank && sample->kind == ValueKind::number && detail::exact_number(*sample, value.dtype, converted))
+        result.cast.push_back(value.name + ": " + std::string{to_string(sample->dtype)} + " to " + std::string{to_string(value.dtype)});
+      else problems.add(ErrorCode::dtype_mismatch, value.name + ": checkpoint has " + to_json(*sample) + " as " + std::string{to_string(sample->dtype)} + ", state wants " + std::string{to_string(value.dtype)});
+    }
+    wanted.stored = stored;
+  }
+  std::sort(used.begin(), used.end());
+  for (auto const& tensor : catalog.tensors) {
+    if (std::binary_search(used.begin(), used.end(), &tensor)) continue;
+    if (policy_of(tensor.name).allow_unexpected) result.unexpected.push_back(tensor.name);
+    else problems.add(ErrorCode::unexpected_entry, tensor.name + ": in the checkpoint, but not in the state"), problems.hint("LoadOptions::on_unexpected = ignore leaves such entries out");
+  }
+  for (auto const& [name, value] : catalog.values) {
+    if (std::find(used_values.begin(), used_values.end(), &value) != used_values.end()) continue;
+    if (policy_of(name).allow_unexpected) result.unexpected.push_back(name);
+    else problems.add(ErrorCode::unexpected_entry, name + ": in the checkpoint, but not in the state"), problems.hint("LoadOptions::on_unexpected = ignore leaves such entries out");
+  }
+  problems.raise();
+  return result;
+}
+
+}  // namespace dcp

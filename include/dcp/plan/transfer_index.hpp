@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// Transfers in the order of their files and positions, and the question "which of them touch this window of that file".
+
+#include <dcp/plan/transfer.hpp>
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace dcp {
+
+/// [begin, end) of a file, in bytes.
+struct FileRange {
+  std::uint64_t begin, end;
+  std::uint64_t size() const { return end - begin; }
+};
+
+class TransferIndex {
+ public:
+  TransferIndex() = default;
+  explicit TransferIndex(std::vector<Transfer> transfers) : transfers_{std::move(transfers)} {
+    std::erase_if(transfers_, [](Transfer const& t) { return t.begin == t.end; });
+    std::sort(transfers_.begin(), transfers_.end(), [](Transfer const& a, Transfer const& b) { return a.file != b.file ? a.file < b.file : a.file_begin() < b.file_begin(); });
+    extents_.reserve(transfers_.size());
+    // Boxes of one tensor interleave in the file, so a transfer may end before one that begins earlier: ends are running maxima.
+    for (std::size_t i = 0; i < transfers_.size(); ++i) {
+      bool const follows = i > 0 && transfers_[i - 1].file == transfers_[i].file;
+      extents_.push_back({transfers_[i].file_begin(), follows ? std::max(extents_.back().end, transfers_[i].file_end()) : transfers_[i].file_end()});
+    }
+  }
+
+  std::vector<Transfer> const& transfers() const { return transfers_; }
+  Transfer const& operator[](std::size_t i) const { return transfers_[i]; }
+
+  /// Calls visit(index, from, to) for the elements of each transfer that *begin* in the window. Windows side by side give every
+  /// element exactly once.
+  template <class Visit>
+  void for_each_in(std::uint32_t file, FileRange window, Visit visit) const {
+    auto const first = std::partition_point(transfers_.begin(), transfers_.end(), [&](Transfer const& t) {
+      if (t.file != file) return t.file < file;
+      return extents_[static_cast<std::size_t>(&t - transfers_.data())].end <= window.begin;
+    });
+    for (auto at = static_cast<std::size_t>(first - transfers_.begin()); at < transfers_.size() && transfers_[at].file == file && extents_[at].begin < window.end; ++at) {
+      std::int64_t const from = transfers_[at].elements_before(window.begin), to = transfers_[at].elements_before(window.end);
+      if (from < to) visit(static_cast<std::uint32_t>(at), from, to);
+    }
+  }
+
+  /// The windows of `bytes` bytes, on the grid, in which a transfer has elements.
+  std::vector<std::pair<std::uint32_t, FileRange>> windows(std::uint64_t bytes) const {
+    std::vector<std::pair<std::uint32_t, FileRange>> result;
+    for (auto const& transfer : transfers_)
+      for (std::uint64_t at = round_down(transfer.file_begin(), bytes); at < transfer.file_end(); at += bytes)
+        if (transfer.elements_before(at) < transfer.elements_before(at + bytes)) result.push_back({transfer.file, {at, at + bytes}});
+    std::sort(result.begin(), result.end(), [](auto const& a, auto const& b) { return a.first != b.first ? a.first < b.first : a.second.begin < b.second.begin; });
+    result.erase(std::unique(result.begin(), result.end(), [](auto const& a, auto const& b) { return a.first == b.first && a.second.begin == b.second.begin; }), result.end());
+    return result;
+  }
+
+ private:
+  std::vector<Transfer> transfers_;
+  std::vector<FileRange> extents_;
+};
+
+}  // namespace dcp

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "../uses_dcp.hpp"
+#ifdef WITH_MPI
+#include <dcp/comm/mpi.hpp>
+#endif
+#ifdef WITH_EIGEN
+#include <dcp/ext/eigen.hpp>
+#endif
+
+int main() {
+#ifdef WITH_MPI
+  int initialized = 1;
+  if (MPI_Initialized(&initialized) != MPI_SUCCESS || initialized != 0) return 2;   // linked, not only included
+#endif
+#ifdef WITH_EIGEN
+  Eigen::Matrix<float, 2, 2, Eigen::RowMajor> const matrix = Eigen::Matrix<float, 2, 2, Eigen::RowMajor>::Identity();
+  if (matrix.trace() != 2.0f) return 3;
+#endif
+  return uses_dcp() ? 0 : 1;
+}
