@@ -9,7 +9,9 @@
 #include <dcp/checkpoint/load.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/owned_state.hpp>
+#include <dcp/checkpoint/remove.hpp>
 #include <dcp/checkpoint/report.hpp>
+#include <dcp/checkpoint/reshard.hpp>
 #include <dcp/checkpoint/save.hpp>
 #include <dcp/comm/communicator.hpp>
 #include <dcp/comm/self.hpp>

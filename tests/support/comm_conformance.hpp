@@ -132,7 +132,8 @@ void check_communicator(C& comm, std::uint64_t seed = 1) try {
   check_exchange(comm, 5000, 0.5, seed + 4000);
   comm.barrier();
 } catch (std::exception const& error) {
-  throw std::runtime_error{"rank " + std::to_string(comm.rank()) + " of " + std::to_string(comm.size()) + ", seed " + std::to_string(seed) + ": " + error.what()};
+  throw std::runtime_error{"rank " + std::to_string(comm.rank()) + " of " + std::to_string(comm.size()) + ", seed " + std::to_string(seed) + ": " +
+                           error.what()};
 }
 
 }  // namespace dcp::test

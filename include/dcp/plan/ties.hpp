@@ -24,6 +24,22 @@ inline bool same_memory(StateEntry const& a, StateEntry const& b) {
          a.tensor->layout == b.tensor->layout;
 }
 
+/// What this rank holds of a state's tensors, empty parts left out.
+inline std::vector<LocalMemory> local_memory(StateDict const& state, std::int64_t rank) {
+  std::vector<LocalMemory> parts;
+  for (auto const& entry : state.entries()) {
+    if (!entry.tensor) continue;
+    Layout const& layout = entry.tensor->layout;
+    auto const box = layout.everywhere ? std::optional{Box::whole(layout.shape)} : box_of_rank(layout, rank);
+    if (!box || box->empty()) continue;
+    std::int64_t last = 0;
+    for (int d = 0; d < box->rank(); ++d) last += (box->shape[d] - 1) * entry.tensor->memory.strides[d];
+    auto const begin = reinterpret_cast<std::uintptr_t>(entry.tensor->memory.data);
+    parts.push_back({&entry, box->shape, begin, begin + std::max<std::uint64_t>(1, bytes_of(entry.tensor->dtype, last + 1))});
+  }
+  return parts;
+}
+
 // Whether two strided parts have a byte in common: both are sorted lists of runs, merged.
 inline bool runs_meet(LocalMemory const& a, LocalMemory const& b) {
   auto const runs = [](LocalMemory const& m) {
@@ -50,17 +66,7 @@ inline bool runs_meet(LocalMemory const& a, LocalMemory const& b) {
 ///
 /// Throws    Error(overlapping_memory), naming both, for tensors that share memory in any other way
 inline std::vector<Tie> find_ties(StateDict const& state, std::int64_t rank) {
-  std::vector<detail::LocalMemory> parts;
-  for (auto const& entry : state.entries()) {
-    if (!entry.tensor) continue;
-    Layout const& layout = entry.tensor->layout;
-    auto const box = layout.everywhere ? std::optional{Box::whole(layout.shape)} : box_of_rank(layout, rank);
-    if (!box || box->empty()) continue;
-    std::int64_t last = 0;
-    for (int d = 0; d < box->rank(); ++d) last += (box->shape[d] - 1) * entry.tensor->memory.strides[d];
-    auto const begin = reinterpret_cast<std::uintptr_t>(entry.tensor->memory.data);
-    parts.push_back({&entry, box->shape, begin, begin + std::max<std::uint64_t>(1, bytes_of(entry.tensor->dtype, last + 1))});
-  }
+  std::vector<detail::LocalMemory> parts = detail::local_memory(state, rank);
   std::sort(parts.begin(), parts.end(), [](auto const& a, auto const& b) { return a.begin != b.begin ? a.begin < b.begin : a.entry->name < b.entry->name; });
   std::vector<Tie> ties;
   Problems problems;
