@@ -57,7 +57,8 @@ build_and_test() {
   echo "building in $directory (log: $directory/build.log)"
   if ! { cmake -S . -B "$directory" -G Ninja -DCMAKE_CXX_COMPILER="$compiler" -DCMAKE_CXX_COMPILER_LAUNCHER="$launcher" \
            -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" -DDCP_TEST_PARTS="$parts" \
-           -DDCP_PYTHON="$dcp_python" -DDCP_LONG="$([ $mode = long ] && echo ON || echo OFF)" "$@" &&
+           -DDCP_PYTHON="$dcp_python" -DDCP_PYTHON_REASON="$dcp_python_reason" \
+           -DDCP_LONG="$([ $mode = long ] && echo ON || echo OFF)" "$@" &&
          cmake --build "$directory" --parallel "$jobs"; } >"$directory/build.log" 2>&1; then
     grep -E -A 12 'FAILED:|error|Error' "$directory/build.log" | head -n 80
     results+=("$name: does not build, see $directory/build.log")

@@ -8,6 +8,7 @@
 #include <doctest/doctest.h>
 
 #include <atomic>
+#include <bit>
 #include <numeric>
 
 using namespace std::chrono_literals;

@@ -64,8 +64,9 @@ void pieces_of_any_size_are_put_together() {
 
 void many_communicators_come_and_go() {
   for (int i = 0; i < 300; ++i) {
-    dcp::MpiComm world{MPI_COMM_WORLD, 20ms * (1 + i % 2)};   // beats at nearly every operation
+    dcp::MpiComm world{MPI_COMM_WORLD, 1s};
     world.barrier();
+    if (i % 30 == world_rank()) std::this_thread::sleep_for(70ms);   // time for a beat, just before they are destroyed
     world.progress();
     auto part = world.split(world.rank() % 2, 0);
     part.barrier();
@@ -94,30 +95,30 @@ void an_agreed_error_is_the_same_everywhere() {
 }
 
 void progress_of_a_rank_keeps_the_others_waiting() {
-  dcp::MpiComm world{MPI_COMM_WORLD, 400ms};
+  dcp::MpiComm world{MPI_COMM_WORLD, 500ms};
   double const waited = seconds_of([&] {
     if (world.rank() == world.size() - 1)
       for (int i = 0; i < 60; ++i) std::this_thread::sleep_for(20ms), world.progress();
     world.barrier();
   });
-  expect(waited > 1.1, "the slow rank took three deadlines and nobody gave up");
+  expect(waited > 1.1, "the slow rank took two deadlines and nobody gave up");
 }
 
 void a_rank_that_does_not_come_is_named_and_poisons_all() {
   if (world_size() == 1) return;
   MPI_Comm other;   // a barrier of our own at the end, since this MpiComm is of no use then
   MPI_Comm_dup(MPI_COMM_WORLD, &other);
-  dcp::MpiComm world{MPI_COMM_WORLD, 300ms};
+  dcp::MpiComm world{MPI_COMM_WORLD, 500ms};
   world.barrier();
-  if (world.rank() == 1) std::this_thread::sleep_for(1500ms);
+  if (world.rank() == 1) std::this_thread::sleep_for(2s);
   dcp::Bytes bytes(100), all(100 * static_cast<std::size_t>(world.size()));
   double const waited = seconds_of([&] {
     auto const error = error_of([&] { world.all_gather(bytes, all); });
     expect(error.code() == dcp::ErrorCode::timeout && error.rank() == 1, "rank 1 is named");
-    expect(error.message() == "no rank made progress for 300 ms; all_gather still waits for rank 1", "the message says so: " + error.message());
+    expect(error.message() == "no rank made progress for 500 ms; all_gather still waits for rank 1", "the message says so: " + error.message());
     expect(error_of([&] { world.barrier(); }).what() == std::string{error.what()}, "poisoned: the same Error at once");
   });
-  expect(waited < 1.4, "nobody waits much longer than the deadline");
+  expect(waited < 1.9, "nobody waits much longer than the deadline");
   MPI_Barrier(other);
   MPI_Comm_free(&other);
 }
@@ -140,7 +141,7 @@ void a_rank_that_leaves_with_an_exception_is_noticed_at_once() {
 void a_rank_that_closes_early_is_noticed_and_an_operation_that_all_entered_succeeds() {
   if (world_size() == 1) return;
   for (int i = 0; i < 20; ++i) {
-    auto world = std::make_unique<dcp::MpiComm>(MPI_COMM_WORLD, 500ms);
+    auto world = std::make_unique<dcp::MpiComm>(MPI_COMM_WORLD, 20s);
     world->barrier();
     if (world->rank() != 1) {
       auto const error = error_of([&] { world->barrier(); });

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034
 # Sourced by tests/run.sh and examples/quickstart.sh: installs what is missing, and nothing else.
 #
 #   dcp_install PACKAGE...        Debian packages; those whose purpose is served already are left alone. False if one is still missing after it

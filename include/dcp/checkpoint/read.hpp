@@ -43,6 +43,7 @@ struct Contribution {
   std::uint32_t file;
   std::uint64_t chunk, first, bytes, raw;   // `first`: file position of the first run; `bytes`: of all runs
   bool counts;
+  bool verified;                            // this rank had all of the chunk and has compared it; others need the sum nevertheless
 };
 
 class Reader {
@@ -105,7 +106,7 @@ class Reader {
     std::map<int, ByteWriter> messages;
     for (auto const& c : contributions_)
       messages[static_cast<int>((c.file * std::uint64_t{131} + c.chunk) % static_cast<std::uint64_t>(comm_.size()))]
-          .number(c.file).number(c.chunk).number(c.first).number(c.bytes).number(c.raw).number(c.counts);
+          .number(c.file).number(c.chunk).number(c.first).number(c.bytes).number(c.raw).number(c.counts).number(c.verified);
     contributions_ = {};
     std::vector<Message> outgoing;
     for (auto& [rank, message] : messages) outgoing.push_back({rank, message.take()});
@@ -116,7 +117,7 @@ class Reader {
         for (ByteReader in{message.bytes}; !in.done() && in.ok();) {
           Contribution c{};
           c.file = in.number<std::uint32_t>(), c.chunk = in.number<std::uint64_t>(), c.first = in.number<std::uint64_t>(), c.bytes = in.number<std::uint64_t>();
-          c.raw = in.number<std::uint64_t>(), c.counts = in.number<bool>();
+          c.raw = in.number<std::uint64_t>(), c.counts = in.number<bool>(), c.verified = in.number<bool>();
           chunks[{c.file, c.chunk}].push_back(c);
         }
       for (auto& [key, list] : chunks) {
@@ -214,17 +215,18 @@ class Reader {
         extra += size - std::min(size, needed);
       }
     }
-    // The rest: per transfer and chunk, what its runs add to the chunk. Runs may reach into the chunk behind the window.
+    // Per transfer and chunk, what its runs add to the chunk. Runs may reach into the chunk behind the window. A chunk that one
+    // transfer fills is nobody else's business: who else reads of it has the same box, and fills it too.
     std::map<std::pair<std::uint32_t, std::uint64_t>, std::pair<PositionedCrc, Contribution>> open;
     for (auto const& run : runs) {
       auto const covered = [&](std::uint64_t chunk) {
         std::uint64_t const begin = chunk * chunk_bytes, end = begin + chunk_size(file_size, chunk);
-        return begin >= window.begin && std::any_of(ranges.begin(), ranges.end(), [&](FileRange const& r) { return r.begin <= begin && r.end >= end; });
+        return begin >= window.begin && begin < window.end && std::any_of(ranges.begin(), ranges.end(), [&](FileRange const& r) { return r.begin <= begin && r.end >= end; });
       };
       for_each_chunk(file_size, run.at, {bytes_at(run.at), static_cast<std::size_t>(run.bytes)}, [&](std::uint64_t chunk, std::uint64_t offset, std::uint64_t size, ConstByteSpan part) {
-        if (chunk * chunk_bytes < window.end && covered(chunk)) return;
+        if (part.size() == size && covered(chunk)) return;
         std::uint64_t const position = chunk * chunk_bytes + offset;
-        auto const at = open.try_emplace({run.transfer, chunk}, PositionedCrc{size}, Contribution{f, chunk, position, 0, 0, purposes_[index_[run.transfer].tensor].counts}).first;
+        auto const at = open.try_emplace({run.transfer, chunk}, PositionedCrc{size}, Contribution{f, chunk, position, 0, 0, purposes_[index_[run.transfer].tensor].counts, covered(chunk)}).first;
         Contribution& sum = at->second.second;
         at->second.first.add(offset, part);
         sum.bytes += part.size();
@@ -245,12 +247,12 @@ class Reader {
     std::string const& name = opened_.catalog.files[f].path;
     std::sort(list.begin(), list.end(), [](Contribution const& a, Contribution const& b) { return std::tie(a.first, a.bytes) < std::tie(b.first, b.bytes); });
     for (auto const& c : list)
-      if (!c.counts) unverified_bytes += c.bytes;
+      if (!c.counts && !c.verified) unverified_bytes += c.bytes;
     std::erase_if(list, [](Contribution const& c) { return !c.counts; });
     if (list.empty()) return;
     std::uint64_t raw = 0, counted = 0, all = 0;
     for (std::size_t i = 0; i < list.size(); ++i) {
-      all += list[i].bytes;
+      all += list[i].verified ? 0 : list[i].bytes;
       if (i > 0 && list[i].first == list[i - 1].first && list[i].bytes == list[i - 1].bytes) {
         if (list[i].raw != list[i - 1].raw)
           throw Error{ErrorCode::corrupt, "two ranks read different bytes for " + tensors_in({list[i].first, list[i].first + list[i].bytes}, f)}.with_path(path(f)).with_range(begin, begin + size);

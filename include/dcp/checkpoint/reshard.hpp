@@ -114,7 +114,6 @@ inline Report reshard_state(CommRef comm, StateDict const& from, StateDict const
         std::int64_t const rank = wanted.layout.mesh.rank_at(coordinate);
         Box part;
         if (held.empty() || !intersect(held, box_at(wanted.layout, coordinate), part) || sender_of(lies, *here, rank) != comm.rank()) continue;
-        if (!on_byte_boundaries(wanted.dtype, part, held)) throw Error{ErrorCode::misaligned, wanted.name + ": a part of it does not begin and end on a byte"};
         outgoing.push_back({t, static_cast<int>(rank), part, make_transfer(wanted.dtype, wanted.dtype, part, held, source.local_tensors[s]->tensor->memory, part, 0), 0});
       }
     }
@@ -134,8 +133,7 @@ inline Report reshard_state(CommRef comm, StateDict const& from, StateDict const
         std::int64_t const elements = part.transfer.end;
         if (part.sent == elements) continue;
         if (message.size() < per_pair) {
-          // Whole bytes of elements smaller than a byte: multiples of 8 elements.
-          std::int64_t const room = std::max<std::int64_t>(8, static_cast<std::int64_t>((per_pair - message.size()) * 8 / static_cast<std::uint64_t>(bits_of(part.transfer.dtype))) / 8 * 8);
+          std::int64_t const room = std::max<std::int64_t>(1, static_cast<std::int64_t>((per_pair - message.size()) * 8 / static_cast<std::uint64_t>(bits_of(part.transfer.dtype))));
           std::int64_t const end = std::min(elements, part.sent + room);
           bytes.resize(static_cast<std::size_t>(bytes_of(part.transfer.dtype, end - part.sent)));
           std::uint64_t const base = bytes_of(part.transfer.dtype, part.sent);
@@ -164,7 +162,7 @@ inline Report reshard_state(CommRef comm, StateDict const& from, StateDict const
           for (int d = 0; d < part.rank(); ++d) part.origin[d] = in.number<std::int64_t>(), part.shape[d] = in.number<std::int64_t>();
           auto const bytes = in.block();
           Transfer const transfer = make_transfer(entry.dtype, entry.dtype, part, held_box(entry, comm.rank()), entry.memory, part, 0);
-          std::uint64_t const base = bytes_of(entry.dtype, begin);
+          std::uint64_t const base = bytes_of(transfer.dtype, begin);
           transfer.for_each_run(begin, end, [&](std::uint64_t at, std::byte* memory, std::size_t size) { std::memcpy(memory, bytes.data() + (at - base), size); });
         }
     });

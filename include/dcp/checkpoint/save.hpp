@@ -109,8 +109,10 @@ inline std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares 
     Transfer transfer = make_transfer(tensor.dtype, tensor.dtype, part, held, entry->tensor->memory, stored.box, stored.offset);
     if (!only_mine) {
       CellRange const range = shares.range_of(stored.tensor, *coordinate);
-      transfer.begin = range.begin;
-      transfer.end = range.end;
+      // A transfer of elements smaller than a byte counts bytes.
+      std::int64_t const bits = std::min(8, bits_of(tensor.dtype));
+      transfer.begin = range.begin * bits / 8;
+      transfer.end = range.end * bits / 8;
     }
     transfer.tensor = stored.tensor;
     transfer.file = stored.file;

@@ -9,7 +9,6 @@
 #include <dcp/comm/communicator.hpp>
 
 #include <algorithm>
-#include <bit>
 #include <optional>
 #include <string>
 #include <string_view>

@@ -9,6 +9,7 @@
 //             Sparse exchange is the nonblocking consensus algorithm (Hoefler, Siebert, Lumsdaine 2010): synchronous sends, and a
 //             nonblocking barrier that a rank enters when its own have been received. Messages of piece_bytes or more travel in
 //             pieces, as packets of a bus do: a piece of exactly piece_bytes is followed by another. No count passes 2^31.
+//             MPI_Comm_split and MPI_Comm_free have no nonblocking form; they are called when the others are known to have come.
 // Deadline    It measures time without progress of any rank, of which mpi_gossip.hpp brings word. Groups made by split gossip apart:
 //             progress() is heard by those who wait in an operation of the same communicator.
 // Failure     At the deadline, or when MPI reports an error, the wrapper is poisoned and its neighbours are told the Error; they

@@ -47,7 +47,7 @@ class MpiGossip {
       : comm_{comm}, deadline_{deadline}, interval_{std::max<Clock::duration>(deadline / 16, std::chrono::milliseconds{1})} {
     check_mpi(MPI_Comm_rank(comm, &rank_), "MPI_Comm_rank");
     check_mpi(MPI_Comm_size(comm, &size_), "MPI_Comm_size");
-    hops_ = std::bit_width(static_cast<unsigned>(size_));
+    hops_ = static_cast<int>(std::bit_width(static_cast<unsigned>(size_)));
     waiting_.resize((static_cast<std::size_t>(size_) + 7) / 8);
     for (std::int64_t distance = 1; distance < size_; distance *= 2)
       for (auto const other : {(rank_ + distance) % size_, (rank_ - distance + size_) % size_})

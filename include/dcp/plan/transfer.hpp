@@ -2,6 +2,7 @@
 #pragma once
 // The unit of planned I/O: a box of a tensor that lies in local memory with one set of strides and in a file with another.
 
+#include <dcp/base/error.hpp>
 #include <dcp/core/box.hpp>
 #include <dcp/core/dtype.hpp>
 #include <dcp/core/tensor_view.hpp>
@@ -9,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <string>
 
 namespace dcp {
 
@@ -86,7 +88,38 @@ struct Transfer {
   std::uint64_t bytes_of_one() const { return std::max<std::uint64_t>(1, static_cast<std::uint64_t>(bits_of(dtype)) / 8); }
 };
 
-/// The transfer of `part`, a box inside both `held` (what memory holds) and `stored` (what the file holds, densely, at `offset`).
+/// `transfer` in bytes instead of elements smaller than a byte: the dimensions that are contiguous on both sides become one run, which
+/// must be whole bytes. Windows and pieces can then end anywhere.
+///
+/// Throws    Error(misaligned) if a run begins or ends inside a byte
+inline Transfer in_whole_bytes(Transfer transfer) {
+  std::int64_t const bits = bits_of(transfer.dtype);
+  int inner = transfer.shape.rank();
+  std::int64_t run = 1;
+  while (inner > 0 && (transfer.shape[inner - 1] == 1 || (transfer.file_strides[inner - 1] == run && transfer.memory.strides[inner - 1] == run))) run *= transfer.shape[--inner];
+  bool whole = run * bits % 8 == 0;
+  Extents shape = Extents::filled(inner + 1, 1), file_strides = shape, memory_strides = shape;
+  for (int d = 0; d < inner; ++d) {
+    whole = whole && transfer.file_strides[d] * bits % 8 == 0 && transfer.memory.strides[d] * bits % 8 == 0;
+    shape[d] = transfer.shape[d];
+    file_strides[d] = transfer.file_strides[d] * bits / 8;
+    memory_strides[d] = transfer.memory.strides[d] * bits / 8;
+  }
+  if (!whole) throw Error{ErrorCode::misaligned, "a run of " + std::to_string(run) + " elements of " + std::string{to_string(transfer.dtype)} + " does not begin and end on a byte"};
+  shape[inner] = run * bits / 8;
+  transfer.shape = shape;
+  transfer.file_strides = file_strides;
+  transfer.memory.strides = memory_strides;
+  transfer.dtype = transfer.memory_dtype = DType::u8;
+  transfer.begin = transfer.begin * bits / 8;
+  transfer.end = transfer.end * bits / 8;
+  return transfer;
+}
+
+/// The transfer of `part`, a box inside both `held` (what memory holds) and `stored` (what the file holds, densely, at `offset`). Of
+/// elements smaller than a byte it is a transfer of bytes.
+///
+/// Throws    Error(misaligned) as in_whole_bytes
 inline Transfer make_transfer(DType dtype, DType memory_dtype, Box const& part, Box const& held, MemoryView const& memory, Box const& stored, std::uint64_t offset) {
   Transfer transfer;
   transfer.dtype = dtype;
@@ -95,6 +128,7 @@ inline Transfer make_transfer(DType dtype, DType memory_dtype, Box const& part, 
   transfer.file_strides = row_major_strides(stored.shape);
   transfer.memory = memory;
   std::int64_t in_file = 0, in_memory = 0;
+  std::int64_t const bits = bits_of(dtype);
   for (int d = 0; d < part.rank(); ++d) {
     in_file += (part.origin[d] - stored.origin[d]) * transfer.file_strides[d];
     in_memory += (part.origin[d] - held.origin[d]) * memory.strides[d];
@@ -102,7 +136,9 @@ inline Transfer make_transfer(DType dtype, DType memory_dtype, Box const& part, 
   transfer.offset = offset + bytes_of(dtype, in_file);
   transfer.memory.data += static_cast<std::ptrdiff_t>(bytes_of(memory_dtype, in_memory));
   transfer.end = part.shape.elements();
-  return transfer;
+  if (bits >= 8 || transfer.end == 0) return transfer;
+  if (in_file * bits % 8 != 0 || in_memory * bits % 8 != 0) throw Error{ErrorCode::misaligned, "a box of " + std::string{to_string(dtype)} + " elements begins inside a byte"};
+  return in_whole_bytes(transfer);
 }
 
 /// Whether every run of `part` starts and ends on a byte in an array of `stored`'s shape: a condition for elements smaller than a byte.
