@@ -82,10 +82,10 @@ class ShardedTensor : detail::an_element_type<T>, detail::a_placement<P>, detail
   ShardedTensor(DeviceMesh<N> const& mesh, M&& memory) : ShardedTensor{layout_of<P>(mesh, Extents{std::span{S::sizes}}), mesh.rank(), memory} {}
 
   /// From a global shape in the type to one at run time. The way back is checked: as_shape.
-  operator ShardedTensor<T, P, AnyShape>() const
-    requires(!std::is_same_v<S, AnyShape>)
-  {
-    return ShardedTensor<T, P, AnyShape>{part_};
+  template <class To>
+    requires(std::is_same_v<To, ShardedTensor<T, P, AnyShape>> && !std::is_same_v<S, AnyShape>)
+  operator To() const {
+    return To{part_};
   }
   template <class To>
   Result<ShardedTensor<T, P, To>> as_shape() const {
