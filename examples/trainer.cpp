@@ -67,18 +67,20 @@ using RowVector = Eigen::RowVectorXf;
 /// The ranks along one axis of the mesh.
 class Axis {
  public:
-  Axis(dcp::DeviceMesh<2> const& mesh, std::size_t axis) : rank{static_cast<int>((*mesh.coordinate())[axis])}, size{static_cast<int>(mesh.extent(static_cast<int>(axis)))} {
-    MPI_Comm_split(MPI_COMM_WORLD, static_cast<int>((*mesh.coordinate())[1 - axis]), rank, &comm);
+  Axis(dcp::DeviceMesh<2> const& mesh, int axis) : size{static_cast<int>(mesh.extent(axis))} {
+    auto const here = *mesh.coordinate();
+    rank = static_cast<int>(here[static_cast<std::size_t>(axis)]);
+    MPI_Comm_split(MPI_COMM_WORLD, static_cast<int>(here[static_cast<std::size_t>(1 - axis)]), rank, &comm);
   }
   Axis(Axis const&) = delete;
   Axis& operator=(Axis const&) = delete;
   ~Axis() { MPI_Comm_free(&comm); }
 
   MPI_Comm comm = MPI_COMM_NULL;
-  int rank, size;
+  int rank = 0, size;
 };
 
-/// A number in [-1, 1) that depends on nothing but its arguments: weights start the same on every mesh.
+/// A number in [-1, 1) that depends on nothing but its arguments.
 float uniform(std::uint64_t stream, std::uint64_t index) {
   std::uint64_t x = (stream << 40) + index + 0x9e3779b97f4a7c15u;        // splitmix64
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -105,20 +107,23 @@ struct Parameter {
         first{mesh, shape, first_memory},
         second{mesh, shape, second_memory},
         gradient(weight_memory.size()) {
+    // The same start on every mesh: each weight depends on where it lies in the whole parameter.
     dcp::Box const box = weight.local_box();
-    std::int64_t const columns = shape.rank() > 1 ? shape[1] : 1, wide = shape.rank() > 1 ? box.shape[1] : 1, left = shape.rank() > 1 ? box.origin[1] : 0;
+    bool const matrix = shape.rank() == 2;
+    std::int64_t const columns = matrix ? shape[1] : 1, left = matrix ? box.origin[1] : 0, across = matrix ? box.shape[1] : 1;
     for (std::size_t i = 0; i < weight_memory.size(); ++i) {
-      std::int64_t const at = static_cast<std::int64_t>(i), row = box.origin[0] + at / wide, column = left + at % wide;
+      std::int64_t const at = static_cast<std::int64_t>(i), row = box.origin[0] + at / across, column = left + at % across;
       weight_memory[i] = scale * uniform(stream, static_cast<std::uint64_t>(row * columns + column));
     }
+    // What the others along dp hold follows from the layout, without asking them.
+    auto const tensor_parallel = (*mesh.coordinate())[1];
     int total = 0;
     for (std::int64_t i = 0; i < mesh.extent(0); ++i) {
-      auto const part = dcp::box_of_rank(weight.layout(), mesh.rank_at({i, (*mesh.coordinate())[1]}));
+      auto const part = dcp::box_of_rank(weight.layout(), mesh.rank_at({i, tensor_parallel}));
       offsets.push_back(total);
       counts.push_back(static_cast<int>(part->size()));
       total += counts.back();
     }
-    std::int64_t const across = shape.rank() > 1 ? dcp::box_of_rank(weight.layout(), mesh.rank_at({0, (*mesh.coordinate())[1]}))->shape[1] : 1;
     whole.resize(total / across, across);
     partial.resize(whole.rows(), whole.cols());
   }
@@ -126,7 +131,8 @@ struct Parameter {
   Parameter& operator=(Parameter const&) = delete;
 
   void gather_along(Axis const& data) {
-    MPI_Allgatherv(weight_memory.data(), counts[static_cast<std::size_t>(data.rank)], MPI_FLOAT, whole.data(), counts.data(), offsets.data(), MPI_FLOAT, data.comm);
+    auto const mine = static_cast<int>(weight_memory.size());
+    MPI_Allgatherv(weight_memory.data(), mine, MPI_FLOAT, whole.data(), counts.data(), offsets.data(), MPI_FLOAT, data.comm);
   }
 
   /// Each rank along dp has the gradient of one micro-batch in `partial`, the ranks in the order of the micro-batches. Everyone
@@ -429,13 +435,15 @@ void train(Options const& options, dcp::MpiComm& world) {
   while (step < options.steps) {
     float const loss = trainer.step();
     ++step;
-    if (speaks) std::printf("step %lld loss %a %.4f\n", static_cast<long long>(step), static_cast<double>(loss), static_cast<double>(loss)), std::fflush(stdout);
+    auto const number = static_cast<long long>(step);
+    auto const exact = static_cast<double>(loss);
+    if (speaks) std::printf("step %lld loss %a %.4f\n", number, exact, exact), std::fflush(stdout);
     bool const due = step == options.steps || (options.save_every > 0 && step % options.save_every == 0);
     if (due && !options.checkpoint.empty())
       dcp::save<dcp::SafeTensors>(world, options.checkpoint, state, {.if_exists = dcp::IfExists::replace, .storage = storage});
   }
   double const seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-  if (speaks && step > first) std::printf("%.3f s per step, saves included\n", seconds / static_cast<double>(step - first));
+  if (speaks && step > first) std::printf("%.3f s per step\n", seconds / static_cast<double>(step - first));
 }
 
 }  // namespace
