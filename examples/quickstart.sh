@@ -70,8 +70,8 @@ fi
 
 # Ctrl-C in the middle must not leave ranks behind.
 kill_ranks() {
-  local ranks=("$run"/interrupted/ranks/*)
-  kill -KILL "${ranks[@]##*/}" 2>/dev/null
+  local processes=("$run"/interrupted/ranks/*)
+  kill -KILL "${processes[@]##*/}" 2>/dev/null
 }
 trap 'if [ -n "$job" ]; then kill_ranks; fi' EXIT
 
@@ -149,9 +149,9 @@ say "What the order of sums is worth: --fast-sums adds as it comes"
 must_train ordered-4 4 2x2 --steps 12
 must_train fast-2 2 2x1 --steps 12 --fast-sums
 must_train fast-4 4 2x2 --steps 12 --fast-sums
-printf '%-10s%-22s%-22s%s\n' "" "ordered, any mesh" "fast, 2 ranks" "fast, 4 ranks"
+printf '%-10s%-24s%-24s%s\n' "" "ordered, any mesh" "fast, 2 ranks" "fast, 4 ranks"
 paste -d ' ' <(losses "$run/logs/ordered-4") <(losses "$run/logs/fast-2") <(losses "$run/logs/fast-4") |
-  awk 'NR % 3 == 0 { printf "step %-5s%-22s%-22s%s\n", $2, $4, $9, $14 }'
+  awk 'NR % 3 == 0 { printf "step %-5s%-24s%-24s%s\n", $2, $4, $9, $14 }'
 echo "ordered $(tail -n 1 "$run/logs/ordered-4"), fast $(tail -n 1 "$run/logs/fast-4"): 4 ranks, $(nproc) processors"
 cmp -s <(losses "$run/logs/reference" | head -n 12) <(losses "$run/logs/ordered-4") || fail "ordered sums gave other bits"
 if cmp -s <(losses "$run/logs/fast-2") <(losses "$run/logs/fast-4"); then fail "unordered sums gave the same bits; then this shows nothing"; fi
