@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // test: {source}/tests/golden/hf/transformers_index/ckpt {tmp}
+// test: {model} {tmp}
 //
 // A published Hugging Face model, cut over ranks, written again, and compared.
 //
