@@ -106,7 +106,7 @@ constexpr bool may_be_temporary() {
 
 template <class T>
 struct a_state_of_known_type {
-  static constexpr bool value = is_sharded_tensor<T>::value || is_tensor_view<T> || is_per_rank<T> || std::is_same_v<T, StateDict> || HasState<T> || HasEntryOf<T> || value_ops<T>() != nullptr;
+  static constexpr bool value = is_sharded_tensor<T>::value || is_tensor_view<T> || is_per_rank<T> || std::is_same_v<T, StateDict> || HasState<T> || HasEntryOf<T> || is_value<T>;
   static_assert(value,
                 "dcp: this type is no state; a state holds ShardedTensor, TensorView, numbers, bool, std::string, vectors of numbers or std::byte, nlohmann::json, and types "
                 "with a member  StateDict state()");
@@ -271,12 +271,12 @@ void Entry::add_to(StateDict& state, std::string const& name, void* object) {
         state.add_value(entry.name, {entry.value.object, entry.value.ops, true, x.policy});
       }
     } else {
-      static_assert(detail::value_ops<std::remove_const_t<Object>>() != nullptr, "dcp: per_rank takes a value (a number, std::string, bytes, JSON, a vector of numbers); give tensors a Placement instead");
+      static_assert(detail::is_value<std::remove_const_t<Object>>, "dcp: per_rank takes a value (a number, std::string, bytes, JSON, a vector of numbers); give tensors a Placement instead");
       state.add_value(name, {const_cast<void*>(static_cast<void const*>(x.object)), detail::value_ops<std::remove_const_t<Object>>(), true, x.policy});
     }
   } else if constexpr (detail::HasState<T>) {
     state.add_object(name, x);
-  } else if constexpr (detail::value_ops<T>() != nullptr) {
+  } else if constexpr (detail::is_value<T>) {
     state.add_value(name, {&x, detail::value_ops<T>(), false, RankPolicy::fail});
   }
 }
