@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// error: dcp: as_shape<...> takes a dcp::Shape<...>, the global shape to check at run time
+// error: dcp: as_shape<...> takes a dcp::Shape<...>, the global shape that the tensor should turn out to have
 #include <dcp/core/sharded_tensor.hpp>
 
 using Weight = dcp::ShardedTensor<float, dcp::Placement<dcp::Shard<0>>>;

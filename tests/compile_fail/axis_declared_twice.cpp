@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// error: dcp: Axes names an axis twice; each axis of a mesh has its own tag [axes == distinct axes]
+// error: dcp: Axes names an axis twice; give each axis of the mesh a tag of its own [axes named == distinct axes]
 // error (gcc): the comparison reduces to '(3 == 2)'
 // error (clang): '3 == 2'
-// error (nvcc): Axes=3
+// error (nvcc): Named=3
 // error (nvcc): Distinct=2
 #include <dcp/core/placement.hpp>
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // error: dcp: no checkpoint format has this element type; use bool, a fixed-width integer, float, double, std::complex<float>, or a dcp float such as dcp::bf16
-// error (gcc): T = Pixel
+// error (gcc): an_element_type<Pixel
 // error (clang): 'Pixel
 // error (nvcc): T=Pixel
 #include <dcp/core/sharded_tensor.hpp>

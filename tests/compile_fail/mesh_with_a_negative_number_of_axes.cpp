@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// error: dcp: a DeviceMesh has 0 to 6 axes [number of axes >= 0]
+// error: dcp: a DeviceMesh has 0 to 6 axes [axes >= 0]
 // error (gcc): '(-1 >= 0)'
 // error (clang): '-1 >= 0'
 // error (nvcc): Axes=-1

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// error: dcp: a DeviceMesh has 0 to 6 axes [number of axes <= 6]
+// error: dcp: a DeviceMesh has 0 to 6 axes; make one axis of those that no tensor tells apart [axes <= 6]
 // error (gcc): '(7 <= 6)'
 // error (clang): '7 <= max_axes'
 // error (nvcc): Axes=7

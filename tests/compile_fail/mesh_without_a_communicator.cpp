@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// error: dcp: a DeviceMesh is made of something with rank() and size(), such as a communicator; this type lacks one of them
+// error: dcp: a DeviceMesh is made from something with  rank()  and  size() , such as a communicator; this type lacks one of them
 #include <dcp/core/mesh.hpp>
 
 struct World {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// error: dcp: PlacementOn takes On<axis, rule>s, one for each axis that does not replicate
+// error: dcp: PlacementOn takes the Axes and then  On<axis, rule>  for each axis that does not replicate
 #include <dcp/core/placement.hpp>
 
 using Mesh = dcp::Axes<struct dp, struct tp>;

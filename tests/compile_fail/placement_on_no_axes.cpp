@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// error: dcp: the first argument of PlacementOn is a dcp::Axes<...>, the names of the mesh axes
+// error: dcp: PlacementOn takes the names of the mesh axes first, a dcp::Axes<...>
 #include <dcp/core/placement.hpp>
 
 using Mesh = dcp::Axes<struct tp>;

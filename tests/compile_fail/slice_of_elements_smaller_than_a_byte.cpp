@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// error: dcp: elements smaller than a byte cannot be sliced; view the bytes that hold them
+// error: dcp: elements smaller than a byte cannot be sliced; view the bytes that hold them [bits of an element >= 8]
 // error (gcc): '(4 >= 8)'
 // error (clang): '4 >= 8'
 // error (nvcc): Bits=4

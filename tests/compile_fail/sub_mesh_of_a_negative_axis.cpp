@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// error: dcp: a mesh axis is counted from 0 [axis >= 0]
+// error: dcp: sub<...> counts axes from 0; negative numbers do not count from the end here [axis >= 0]
 // error (gcc): '(-1 >= 0)'
 // error (clang): '-1 >= 0'
 // error (nvcc): Axis=-1

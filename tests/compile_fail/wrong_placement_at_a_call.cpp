@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The compiler's own error, good because the types print well.
-// error (gcc): ShardedTensor<[...],dcp::Placement<[...],dcp::Shard<1>>
+// error (gcc): dcp::Placement<dcp::Replicate, dcp::Shard<1> > >
 // error (clang): ShardedTensor<[...], Placement<[...], Shard<1>>>
 // error (nvcc): dcp::Shard<1>
 #include <dcp/core/sharded_tensor.hpp>
