@@ -315,7 +315,7 @@ Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
 }
 
 template <class S, class C>
-struct verb_arguments : storage_has_a_place<S>, storage_has_options<S>, storage_opens<S>, storage_locates<S> {};
+struct verb_arguments : a_storage<S>, a_communicator<C> {};
 
 }  // namespace detail
 

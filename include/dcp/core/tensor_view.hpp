@@ -19,6 +19,10 @@ struct an_element_type {
   static_assert(is_element<T>, "dcp: no checkpoint format has this element type; use bool, a fixed-width integer, float, double, std::complex<float>, or a dcp float such as dcp::bf16");
   static_assert(!std::is_const_v<T>, "dcp: a tensor's element type is not const; loading writes into it");
 };
+template <class T, int Bits>
+struct elements_of_whole_bytes {
+  static_assert(Bits >= 8, "dcp: elements smaller than a byte cannot be sliced; view the bytes that hold them [bits of an element >= 8]");
+};
 template <class T, class M>
 struct memory_of_type {
   static_assert(std::is_constructible_v<std::span<storage_of<T>>, M&>,
@@ -56,9 +60,9 @@ class TensorView : detail::an_element_type<T> {
 
   /// Elements [begin, end) of dimension `dim`: part of a fused buffer, or a buffer without its padding.
   TensorView slice(int dim, std::int64_t begin, std::int64_t end) const {
+    [[maybe_unused]] detail::elements_of_whole_bytes<T, bits_of(dtype_of<T>)> check;
     if (dim < 0 || dim >= shape_.rank() || begin < 0 || end < begin || end > shape_[dim])
       throw Error{ErrorCode::invalid_argument, "slice [" + std::to_string(begin) + ", " + std::to_string(end) + ") of dimension " + std::to_string(dim) + " of a tensor " + to_string(shape_)};
-    static_assert(bits_of(dtype_of<T>) >= 8, "dcp: elements smaller than a byte cannot be sliced; view the bytes that hold them");
     TensorView part = *this;
     part.data_ += begin * strides_[dim];
     part.shape_[dim] = end - begin;
@@ -68,13 +72,16 @@ class TensorView : detail::an_element_type<T> {
   MemoryView memory() const { return {reinterpret_cast<std::byte*>(data_), strides_}; }
 
  private:
+  struct Units {   // a type of its own, lest the constructor below take a span that a user passes
+    std::span<storage_of<T>> span;
+  };
   template <class M>
-  static std::span<storage_of<T>> memory_of(M& memory) {
+  static Units memory_of(M& memory) {
     [[maybe_unused]] detail::memory_of_type<T, M> check;
-    if constexpr (std::is_constructible_v<std::span<storage_of<T>>, M&>) return std::span<storage_of<T>>{memory};
+    if constexpr (std::is_constructible_v<std::span<storage_of<T>>, M&>) return {std::span<storage_of<T>>{memory}};
     else return {};
   }
-  TensorView(std::span<storage_of<T>> memory, Extents const& shape, Extents const& strides) : data_{memory.data()}, shape_{shape}, strides_{strides} {
+  TensorView(Units memory, Extents const& shape, Extents const& strides) : data_{memory.span.data()}, shape_{shape}, strides_{strides} {
     if (shape.rank() != strides.rank())
       throw Error{ErrorCode::invalid_argument, "a tensor of shape " + to_string(shape) + " with strides " + to_string(strides)};
     std::int64_t last = 0;   // of the farthest element
@@ -83,9 +90,9 @@ class TensorView : detail::an_element_type<T> {
     std::int64_t const units = bits_of(dtype_of<T>) < 8 ? ceil_div<std::int64_t>(elements * bits_of(dtype_of<T>), 8) : elements;
     if (bits_of(dtype_of<T>) < 8 && !(strides == row_major_strides(shape)))
       throw Error{ErrorCode::invalid_argument, "a strided tensor of " + std::string{to_string(dtype_of<T>)} + "; elements smaller than a byte must be dense"};
-    if (static_cast<std::uint64_t>(units) > memory.size())
+    if (static_cast<std::uint64_t>(units) > memory.span.size())
       throw Error{ErrorCode::invalid_argument,
-                  "a tensor of shape " + to_string(shape) + " needs memory of " + std::to_string(units) + " elements, but was given " + std::to_string(memory.size())};
+                  "a tensor of shape " + to_string(shape) + " needs memory of " + std::to_string(units) + " elements, but was given " + std::to_string(memory.span.size())};
   }
 
   storage_of<T>* data_ = nullptr;
