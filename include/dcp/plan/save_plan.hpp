@@ -274,7 +274,8 @@ class SavePlan {
     PlannedFile const& planned = files_.files[file];
     return planned.only_rank >= 0 ? planned.only_rank : static_cast<std::int64_t>(file) % ranks_;
   }
-  std::uint64_t segment_size() const { return std::max(options_.block_bytes, ranks_ > options_.writers_per_file ? options_.forwarded_bytes : options_.segment_bytes); }
+  // Whole blocks: a stripe need not divide 1 MiB.
+  std::uint64_t segment_size() const { return round_up(ranks_ > options_.writers_per_file ? options_.forwarded_bytes : options_.segment_bytes, options_.block_bytes); }
   std::int64_t segment_owner(std::uint32_t file, std::uint64_t position) const {
     std::int64_t const count = writers(file), segment = static_cast<std::int64_t>(position / segment_size()) % count;
     return (segment * ranks_ / count + static_cast<std::int64_t>(file)) % ranks_;
