@@ -58,6 +58,9 @@ class SavePlan {
   struct Options {
     std::uint64_t block_bytes = 4096;
     std::int64_t writers_per_file = 16;
+    std::uint64_t long_run_bytes = SavePlan::long_run_bytes;
+    std::uint64_t segment_bytes = SavePlan::segment_bytes;
+    std::uint64_t forwarded_bytes = SavePlan::forwarded_bytes;
   };
   /// A run of this rank's data in a window, and the rank that writes it.
   struct Part {
@@ -263,7 +266,7 @@ class SavePlan {
     Extents const strides = row_major_strides(stored.box.shape);
     std::int64_t run = 1;
     for (int d = cell.rank(); d-- > 0 && (cell.shape[d] == 1 || strides[d] == run);) run *= cell.shape[d];
-    return bytes_of(tensor.dtype, run) >= long_run_bytes;
+    return bytes_of(tensor.dtype, run) >= options_.long_run_bytes;
   }
 
   std::int64_t writers(std::uint32_t) const { return std::min(ranks_, std::max<std::int64_t>(1, options_.writers_per_file)); }
@@ -271,7 +274,8 @@ class SavePlan {
     PlannedFile const& planned = files_.files[file];
     return planned.only_rank >= 0 ? planned.only_rank : static_cast<std::int64_t>(file) % ranks_;
   }
-  std::uint64_t segment_size() const { return std::max(options_.block_bytes, ranks_ > options_.writers_per_file ? forwarded_bytes : segment_bytes); }
+  // Whole blocks: a stripe need not divide 1 MiB.
+  std::uint64_t segment_size() const { return round_up(ranks_ > options_.writers_per_file ? options_.forwarded_bytes : options_.segment_bytes, options_.block_bytes); }
   std::int64_t segment_owner(std::uint32_t file, std::uint64_t position) const {
     std::int64_t const count = writers(file), segment = static_cast<std::int64_t>(position / segment_size()) % count;
     return (segment * ranks_ / count + static_cast<std::int64_t>(file)) % ranks_;
