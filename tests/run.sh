@@ -39,6 +39,9 @@ dcp_say "Python: PyTorch and safetensors, whose checkpoints ours are compared wi
 if [ $mode = quick ]; then dcp_python_environment --if-there; else dcp_python_environment; fi
 if [ -n "$dcp_python" ]; then echo "$dcp_python"; else echo "left out: $dcp_python_reason"; fi
 
+if [ $mode = quick ] && [ -z "$dcp_python" ]; then dcp_model="" dcp_model_reason="--quick"; else dcp_published_model; fi
+if [ -n "$dcp_model" ]; then echo "$dcp_model"; else echo "published model left out: $dcp_model_reason"; fi
+
 launcher=""
 if command -v ccache >/dev/null; then
   launcher=ccache

@@ -3,6 +3,7 @@
 // Opening a checkpoint: which directory it is, what its record says, what its files hold. Rank 0 looks; all ranks read headers, each
 // of its share of the files, and learn of all of them.
 
+#include <dcp/base/config.hpp>
 #include <dcp/checkpoint/checksums.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/place.hpp>
@@ -21,6 +22,7 @@
 namespace dcp::detail {
 
 /// The chunk checksums of the files of a committed checkpoint, read when they are asked for.
+template <class = Deferred>
 class ChecksumTable {
  public:
   ChecksumTable() = default;
@@ -68,7 +70,8 @@ class ChecksumTable {
   std::unique_ptr<std::mutex> mutex_ = std::make_unique<std::mutex>();
 };
 
-inline Error corrupt_chunk(std::string const& path, std::uint64_t file_size, std::uint64_t chunk, std::string const& tensors) {
+template <class = Deferred>
+Error corrupt_chunk(std::string const& path, std::uint64_t file_size, std::uint64_t chunk, std::string const& tensors) {
   return Error{ErrorCode::corrupt, "a chunk of the checkpoint does not have the checksum that was written with it" + (tensors.empty() ? "" : "; it holds " + tensors)}
       .with_path(path)
       .with_range(chunk * chunk_bytes, chunk * chunk_bytes + chunk_size(file_size, chunk));
@@ -78,11 +81,12 @@ struct OpenedCheckpoint {
   std::string directory;
   std::optional<CommitRecord> record;   // nothing for a foreign checkpoint
   Catalog catalog;
-  ChecksumTable checksums;
+  ChecksumTable<> checksums;
   std::uint64_t verification_bytes = 0; // that this rank read to verify headers
 };
 
-inline Bytes encode(Scan const& scan) {
+template <class = Deferred>
+Bytes encode(Scan const& scan) {
   ByteWriter out;
   out.text(scan.directory).number(scan.indexed).number(scan.total_size).number<std::uint64_t>(scan.files.size());
   for (auto const& file : scan.files) out.text(file);
@@ -92,7 +96,8 @@ inline Bytes encode(Scan const& scan) {
   for (auto const& warning : scan.warnings) out.text(warning);
   return out.take();
 }
-inline Scan decode_scan(ByteReader in) {
+template <class = Deferred>
+Scan decode_scan(ByteReader in) {
   Scan scan;
   scan.directory = in.text(), scan.indexed = in.number<bool>(), scan.total_size = in.number<std::int64_t>();
   for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) scan.files.push_back(in.text());
@@ -110,7 +115,8 @@ struct Located {
   bool has_record = false;
   std::vector<std::string> warnings;
 };
-inline Located locate_checkpoint(AnyMedium& medium, std::string place) {
+template <class = Deferred>
+Located locate_checkpoint(AnyMedium& medium, std::string place) {
   while (place.size() > 1 && place.ends_with('/')) place.pop_back();
   Located located;
   located.directory = place;
@@ -136,7 +142,8 @@ inline Located locate_checkpoint(AnyMedium& medium, std::string place) {
 }
 
 /// A chunk of a file, read and compared. Throws Error(corrupt).
-inline void verify_chunk(ReadableFile& file, std::string const& path, std::uint64_t file_size, std::uint64_t chunk, std::uint64_t expected, std::string const& tensors, Bytes& buffer) {
+template <class = Deferred>
+void verify_chunk(ReadableFile& file, std::string const& path, std::uint64_t file_size, std::uint64_t chunk, std::uint64_t expected, std::string const& tensors, Bytes& buffer) {
   buffer.resize(static_cast<std::size_t>(chunk_size(file_size, chunk)));
   file.read_at(chunk * chunk_bytes, buffer);
   if (crc64(buffer) != expected) throw corrupt_chunk(path, file_size, chunk, tensors);
@@ -146,7 +153,8 @@ inline void verify_chunk(ReadableFile& file, std::string const& path, std::uint6
 ///
 /// Throws    on all ranks the same Error: not_found; what storage and record say of malformed files; corrupt for sizes and headers that
 ///           differ from the commit record
-inline OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMedium& medium, std::string const& place, Verify verify) {
+template <class = Deferred>
+OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMedium& medium, std::string const& place, Verify verify) {
   OpenedCheckpoint opened;
   Bytes message = agree(comm, "load: open", [&] {
     ByteWriter out;
@@ -185,7 +193,7 @@ inline OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage,
     scan = decode_scan(ByteReader{in.block()});
     if (has_record) opened.record = parse_record(record_bytes, large);
     opened.directory = scan.directory;
-    if (opened.record) opened.checksums = ChecksumTable{medium, opened.directory, *opened.record};
+    if (opened.record) opened.checksums = ChecksumTable<>{medium, opened.directory, *opened.record};
     Headers headers;
     ByteWriter out;
     Bytes buffer;

@@ -2,6 +2,7 @@
 #pragma once
 // load_from_keys: reads a checkpoint without a state to fill, and owns what it read.
 
+#include <dcp/base/config.hpp>
 #include <dcp/checkpoint/load.hpp>
 
 #include <cstdint>
@@ -38,31 +39,30 @@ class OwnedTensor {
 /// What load_from_keys read: names to tensors, and names to values, each in name order.
 class OwnedState {
  public:
+  OwnedState() = default;
+  OwnedState(std::map<std::string, OwnedTensor> tensors, std::map<std::string, Value> values, Report report)
+      : tensors_{std::move(tensors)}, values_{std::move(values)}, report_{std::move(report)} {}
+
   std::map<std::string, OwnedTensor> const& tensors() const { return tensors_; }
   std::map<std::string, Value> const& values() const { return values_; }
   std::map<std::string, OwnedTensor>& tensors() { return tensors_; }
   Report const& report() const { return report_; }
 
  private:
-  friend OwnedState owned_state_of(std::map<std::string, OwnedTensor>, std::map<std::string, Value>, Report);
   std::map<std::string, OwnedTensor> tensors_;
   std::map<std::string, Value> values_;
   Report report_;
 };
-inline OwnedState owned_state_of(std::map<std::string, OwnedTensor> tensors, std::map<std::string, Value> values, Report report) {
-  OwnedState state;
-  state.tensors_ = std::move(tensors), state.values_ = std::move(values), state.report_ = std::move(report);
-  return state;
-}
-
 namespace detail {
 
 /// Whether `name` is one of `keys`, or lies below one: whole components between dots. No keys: everything.
-inline bool selected(std::string_view name, std::vector<std::string> const& keys) {
+template <class = Deferred>
+bool selected(std::string_view name, std::vector<std::string> const& keys) {
   return keys.empty() || std::any_of(keys.begin(), keys.end(), [&](std::string const& key) { return name.starts_with(key) && (name.size() == key.size() || name[key.size()] == '.'); });
 }
 
-inline OwnedState load_owned(CommRef comm, AnyStorage const& storage, PlaceRef const& place, std::vector<std::string> const& keys, LoadSettings settings) {
+template <class = Deferred>
+OwnedState load_owned(CommRef comm, AnyStorage const& storage, PlaceRef const& place, std::vector<std::string> const& keys, LoadSettings settings) {
   OpenedCheckpoint const opened = open_checkpoint(comm, storage, *place.medium, place.path, settings.verify);
   std::map<std::string, OwnedTensor> tensors;
   std::map<std::string, Value> values;
@@ -85,7 +85,7 @@ inline OwnedState load_owned(CommRef comm, AnyStorage const& storage, PlaceRef c
   settings.on_unexpected = OnUnexpected::ignore;
   settings.for_prefix.clear();
   Report report = load_state(comm, storage, place, state, settings);
-  return owned_state_of(std::move(tensors), std::move(values), std::move(report));
+  return {std::move(tensors), std::move(values), std::move(report)};
 }
 
 }  // namespace detail

@@ -8,6 +8,7 @@
 //   2. if the place is missing, the newest committed sibling is the checkpoint: a crash came between "old aside" and "new in";
 //   3. an open sibling whose lease nobody holds is the wreck of a killed save, and the next save removes it.
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/text.hpp>
 #include <dcp/formats/commit_record.hpp>
 #include <dcp/media/medium.hpp>
@@ -26,19 +27,22 @@ namespace dcp::detail {
 
 inline constexpr std::string_view attempt_infix = ".dcp-";
 
-inline std::pair<std::string, std::string> split_path(std::string const& path) {
+template <class = Deferred>
+std::pair<std::string, std::string> split_path(std::string const& path) {
   auto const slash = path.rfind('/');
   if (slash == std::string::npos) return {".", path};
   return {slash == 0 ? "/" : path.substr(0, slash), path.substr(slash + 1)};
 }
 
-inline std::string random_id() {
+template <class = Deferred>
+std::string random_id() {
   std::random_device device;
   return hex16((static_cast<std::uint64_t>(device()) << 32) ^ device());
 }
 
 /// The record of the checkpoint or attempt in `directory`; nothing if it has none. Throws what is wrong with one that is there.
-inline std::optional<CommitRecord> read_record(AnyMedium& medium, std::string const& directory, bool with_values = false) {
+template <class = Deferred>
+std::optional<CommitRecord> read_record(AnyMedium& medium, std::string const& directory, bool with_values = false) {
   std::string const path = directory + '/' + std::string{record_name};
   try {
     Bytes const bytes = read_file(medium, path, most_record_bytes);
@@ -65,7 +69,8 @@ struct Sibling {
 };
 
 /// Attempts beside a place, newest sequence first.
-inline std::vector<Sibling> siblings_of(AnyMedium& medium, std::string const& place) {
+template <class = Deferred>
+std::vector<Sibling> siblings_of(AnyMedium& medium, std::string const& place) {
   auto const [parent, name] = split_path(place);
   std::vector<Sibling> siblings;
   if (medium.kind(parent) != EntryKind::directory) return siblings;
@@ -84,7 +89,8 @@ inline std::vector<Sibling> siblings_of(AnyMedium& medium, std::string const& pl
   std::stable_sort(siblings.begin(), siblings.end(), [](Sibling const& a, Sibling const& b) { return (a.record ? a.record->sequence : 0) > (b.record ? b.record->sequence : 0); });
   return siblings;
 }
-inline Sibling const* newest_committed(std::vector<Sibling> const& siblings) {
+template <class = Deferred>
+Sibling const* newest_committed(std::vector<Sibling> const& siblings) {
   for (auto const& sibling : siblings)
     if (sibling.record && sibling.record->committed) return &sibling;
   return nullptr;
@@ -95,7 +101,8 @@ struct Occupant {
   enum class Kind { nothing, checkpoint, foreign } kind = Kind::nothing;
   std::optional<CommitRecord> record;   // of a checkpoint
 };
-inline Occupant look_at(AnyMedium& medium, std::string const& place) {
+template <class = Deferred>
+Occupant look_at(AnyMedium& medium, std::string const& place) {
   switch (medium.kind(place)) {
     case EntryKind::missing: return {};
     case EntryKind::directory: break;
@@ -113,7 +120,8 @@ inline Occupant look_at(AnyMedium& medium, std::string const& place) {
 }
 
 /// Files below a directory, as paths relative to it.
-inline void list_files(AnyMedium& medium, std::string const& directory, std::string const& below, std::vector<std::string>& out) {
+template <class = Deferred>
+void list_files(AnyMedium& medium, std::string const& directory, std::string const& below, std::vector<std::string>& out) {
   for (auto const& entry : medium.list(below.empty() ? directory : directory + '/' + below)) {
     std::string const path = below.empty() ? entry.name : below + '/' + entry.name;
     if (entry.kind == EntryKind::directory) list_files(medium, directory, path, out);
@@ -123,6 +131,7 @@ inline void list_files(AnyMedium& medium, std::string const& directory, std::str
 
 /// An attempt from its creation to its publication, on the rank that does these things. What it leaves behind when it dies is what
 /// the comment above says.
+template <class = Deferred>
 class Attempt {
  public:
   /// Looks, cleans, refuses, creates. Throws Error(already_exists) as `replace` says, Error(io), Error(unsupported).

@@ -55,12 +55,84 @@ concept Communicator = requires(C& comm, C const& view, ByteSpan bytes, ConstByt
   comm.progress();
 };
 
+namespace detail {
+// One sentence per missing piece of a communicator; split is asked for only where it is called. Each check has the piece that it asks
+// for as a constant, so that a_communicator stops at the first one that is missing.
+template <class C>
+inline constexpr bool has_rank = requires(C const& comm) { { comm.rank() } -> std::convertible_to<int>; };
+template <class C>
+inline constexpr bool has_size = requires(C const& comm) { { comm.size() } -> std::convertible_to<int>; };
+template <class C>
+inline constexpr bool has_barrier = requires(C& comm) { comm.barrier(); };
+template <class C>
+inline constexpr bool has_broadcast = requires(C& comm, ByteSpan bytes) { comm.broadcast(bytes, 0); };
+template <class C>
+inline constexpr bool has_all_gather = requires(C& comm, ConstByteSpan mine, ByteSpan all) { comm.all_gather(mine, all); };
+template <class C>
+inline constexpr bool has_exchange = requires(C& comm, std::vector<Message> outgoing) { { comm.exchange(std::move(outgoing)) } -> std::same_as<std::vector<Message>>; };
+template <class C>
+inline constexpr bool has_split = requires(C& comm) { comm.split(0, 0); };
+template <class C>
+inline constexpr bool has_progress = requires(C& comm) { comm.progress(); };
+
+template <class C>
+struct communicator_has_rank {
+  static_assert(has_rank<C>, "dcp: a communicator needs  int rank() const  - which of the ranks 0 .. size() - 1 this one is");
+};
+template <class C>
+struct communicator_has_size {
+  static_assert(has_size<C>, "dcp: a communicator needs  int size() const  - the number of ranks");
+};
+template <class C>
+struct communicator_has_barrier {
+  static_assert(has_barrier<C>, "dcp: a communicator needs  void barrier()  - returns when every rank has called it");
+};
+template <class C>
+struct communicator_has_broadcast {
+  static_assert(has_broadcast<C>, "dcp: a communicator needs  void broadcast(dcp::ByteSpan bytes, int root)  - the bytes of rank `root`, to everyone");
+};
+template <class C>
+struct communicator_has_all_gather {
+  static_assert(has_all_gather<C>, "dcp: a communicator needs  void all_gather(dcp::ConstByteSpan mine, dcp::ByteSpan all)  - everyone's bytes, in rank order");
+};
+template <class C>
+struct communicator_has_exchange {
+  static_assert(has_exchange<C>, "dcp: a communicator needs  std::vector<dcp::Message> exchange(std::vector<dcp::Message>)  - messages to any ranks, and those that came in");
+};
+template <class C>
+struct communicator_has_split {
+  static_assert(has_split<C>, "dcp: a communicator needs  split(int color, int key)  - a communicator of the ranks with the same color");
+};
+template <class C>
+struct communicator_has_progress {
+  static_assert(has_progress<C>, "dcp: a communicator needs  void progress()  - a sign of life, seen by ranks that wait; it may do nothing");
+};
+template <class C>
+struct communicator_is_complete {};
+
+template <class C>
+constexpr auto first_check_of_communicator() {
+  if constexpr (!has_rank<C>) return std::type_identity<communicator_has_rank<C>>{};
+  else if constexpr (!has_size<C>) return std::type_identity<communicator_has_size<C>>{};
+  else if constexpr (!has_barrier<C>) return std::type_identity<communicator_has_barrier<C>>{};
+  else if constexpr (!has_broadcast<C>) return std::type_identity<communicator_has_broadcast<C>>{};
+  else if constexpr (!has_all_gather<C>) return std::type_identity<communicator_has_all_gather<C>>{};
+  else if constexpr (!has_exchange<C>) return std::type_identity<communicator_has_exchange<C>>{};
+  else if constexpr (!has_split<C>) return std::type_identity<communicator_has_split<C>>{};
+  else if constexpr (!has_progress<C>) return std::type_identity<communicator_has_progress<C>>{};
+  else return std::type_identity<communicator_is_complete<C>>{};
+}
+/// As a base or a local variable: fails to compile, with the sentence of the first piece that `C` lacks.
+template <class C>
+struct a_communicator : decltype(first_check_of_communicator<C>())::type {};
+}  // namespace detail
+
 /// A borrowed communicator of any type: the algorithms above this floor are compiled once, not once per communicator.
 class CommRef {
  public:
   template <class C>
     requires(!std::same_as<std::remove_cvref_t<C>, CommRef>)
-  CommRef(C& comm) : object_{&comm}, table_{&table_of<C>} {}
+  CommRef(C& comm) : object_{&comm}, table_{table_for<C>()} {}
 
   int rank() const { return table_->rank(object_); }
   int size() const { return table_->size(object_); }
@@ -90,6 +162,12 @@ class CommRef {
       [](void* c, std::vector<Message> out) { return static_cast<C*>(c)->exchange(std::move(out)); },
       [](void* c) { static_cast<C*>(c)->progress(); },
   };
+  template <class C>
+  static constexpr Table const* table_for() {
+    [[maybe_unused]] detail::a_communicator<C> check;
+    if constexpr (Communicator<C>) return &table_of<C>;
+    else return nullptr;
+  }
   void* object_;
   Table const* table_;
 };

@@ -200,6 +200,22 @@ template <class P>
 struct a_placement {
   static_assert(is_placement<P>, "dcp: a layout is a dcp::Placement<...> (or a PlacementOn<...>); this type is none");
 };
+// Of what is no Placement: numbers that raise no second complaint.
+template <class P, int Axes>
+constexpr int rules_given() {
+  if constexpr (is_placement<P>) return P::mesh_rank;
+  else return Axes;
+}
+template <class P>
+constexpr int needed_rank_of() {
+  if constexpr (is_placement<P>) return P::needed_rank;
+  else return 0;
+}
+template <class P>
+constexpr int partial_axes_of() {
+  if constexpr (is_placement<P>) return P::partial_axes;
+  else return 0;
+}
 template <int Rules, int Axes>
 struct one_rule_per_axis {
   static_assert(Rules == Axes, "dcp: a Placement lists one rule per mesh axis; write Replicate for the axes it ignores [rules given == mesh axes]");
@@ -216,19 +232,21 @@ struct dims_exist {
 template <class P, int N>
 constexpr Layout layout_of(DeviceMesh<N> const& mesh, Padded const& shape) {
   [[maybe_unused]] detail::a_placement<P> placement;
-  [[maybe_unused]] detail::one_rule_per_axis<P::mesh_rank, N> rules;
+  [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>(), N> rules;
   Layout layout;
   layout.shape = shape.logical;
   layout.split_shape = shape.padded;
   layout.mesh = mesh.geometry();
-  for (std::size_t a = 0; a < P::rules.size() && a < max_axes; ++a) layout.rules[a] = P::rules[a];
+  if constexpr (is_placement<P>)
+    for (std::size_t a = 0; a < P::rules.size() && a < max_axes; ++a) layout.rules[a] = P::rules[a];
   if (shape.logical.rank() != shape.padded.rank())
     throw Error{ErrorCode::invalid_argument, "logical shape " + to_string(shape.logical) + " and padded shape " + to_string(shape.padded) + " differ in rank"};
   for (int d = 0; d < shape.logical.rank(); ++d)
     if (shape.logical[d] > shape.padded[d])
       throw Error{ErrorCode::invalid_argument, "logical shape " + to_string(shape.logical) + " is larger than the padded shape " + to_string(shape.padded)};
-  if (shape.logical.rank() < P::needed_rank)
-    throw Error{ErrorCode::invalid_argument, "a tensor of shape " + to_string(shape.logical) + " has no dimension " + std::to_string(P::needed_rank - 1) + ", which its Placement shards"};
+  constexpr int needed = detail::needed_rank_of<P>();
+  if (shape.logical.rank() < needed)
+    throw Error{ErrorCode::invalid_argument, "a tensor of shape " + to_string(shape.logical) + " has no dimension " + std::to_string(needed - 1) + ", which its Placement shards"};
   return layout;
 }
 template <class P, int N>
@@ -255,7 +273,7 @@ constexpr Box local_box(DeviceMesh<N> const& mesh, Extents const& shape) {
 }
 template <class P, int N, std::size_t K>
 constexpr Box local_box(DeviceMesh<N> const& mesh, std::int64_t const (&shape)[K]) {
-  [[maybe_unused]] detail::dims_exist<static_cast<int>(K), P::needed_rank> dims;
+  [[maybe_unused]] detail::dims_exist<static_cast<int>(K), detail::needed_rank_of<P>()> dims;
   return local_box<P>(mesh, Extents{shape});
 }
 /// The same with the padding that is split along: what to allocate for a padded tensor.
@@ -271,10 +289,13 @@ constexpr Box local_box(DeviceMesh<N> const& mesh, Padded const& shape) {
 /// Returns   the layout, or Error(invalid_argument) saying where the rules differ
 template <class P>
 Result<Layout> as_placement(Layout const& layout) {
-  if (layout.mesh.axes != P::mesh_rank)
-    return Error{ErrorCode::invalid_argument, "the layout has " + std::to_string(layout.mesh.axes) + " mesh axes, the Placement " + std::to_string(P::mesh_rank) + " rules"};
-  for (std::size_t a = 0; a < P::rules.size(); ++a)
-    if (!(layout.rules[a] == P::rules[a])) return Error{ErrorCode::invalid_argument, "the layout and the Placement differ on mesh axis " + std::to_string(a)};
+  [[maybe_unused]] detail::a_placement<P> placement;
+  if constexpr (is_placement<P>) {
+    if (layout.mesh.axes != P::mesh_rank)
+      return Error{ErrorCode::invalid_argument, "the layout has " + std::to_string(layout.mesh.axes) + " mesh axes, the Placement " + std::to_string(P::mesh_rank) + " rules"};
+    for (std::size_t a = 0; a < P::rules.size(); ++a)
+      if (!(layout.rules[a] == P::rules[a])) return Error{ErrorCode::invalid_argument, "the layout and the Placement differ on mesh axis " + std::to_string(a)};
+  }
   return layout;
 }
 

@@ -65,17 +65,40 @@ struct one_extent_per_axis {
 };
 template <int Axes>
 struct axes_in_range {
-  static_assert(Axes >= 0 && Axes <= max_axes, "dcp: a DeviceMesh has 0 to 6 axes [number of axes]");
+  static_assert(Axes >= 0, "dcp: a DeviceMesh has 0 to 6 axes [axes >= 0]");
+  static_assert(Axes <= max_axes, "dcp: a DeviceMesh has 0 to 6 axes; make one axis of those that no tensor tells apart [axes <= 6]");
 };
 template <int Axis, int Axes>
 struct axis_of_mesh {
-  static_assert(Axis >= 0, "dcp: a mesh axis is counted from 0 [axis >= 0]");
+  static_assert(Axis >= 0, "dcp: sub<...> counts axes from 0; negative numbers do not count from the end here [axis >= 0]");
   static_assert(Axis < Axes, "dcp: sub<...> names an axis this mesh does not have; axes count from 0 [axis < mesh axes]");
 };
-template <int Sum, int Distinct>
+template <int Named, int Distinct>
 struct axes_named_once {
-  static_assert(Sum == Distinct, "dcp: sub<...> names an axis twice; name each axis to keep once [axes named == distinct axes]");
+  static_assert(Named == Distinct, "dcp: sub<...> names an axis twice; name each axis to keep once [axes named == distinct axes]");
 };
+template <class Ranks>
+inline constexpr bool has_ranks = requires(Ranks const& ranks) {   // no concept: compilers would explain it at length
+  static_cast<std::int64_t>(ranks.rank());
+  static_cast<std::int64_t>(ranks.size());
+};
+template <class Ranks>
+struct mesh_of_ranks {
+  static_assert(has_ranks<Ranks>, "dcp: a DeviceMesh is made from something with  rank()  and  size() , such as a communicator; this type lacks one of them");
+};
+template <class Ranks>
+constexpr std::int64_t rank_in(Ranks const& ranks) {
+  [[maybe_unused]] mesh_of_ranks<Ranks> check;
+  if constexpr (has_ranks<Ranks>) return static_cast<std::int64_t>(ranks.rank());
+  else return 0;
+}
+template <class Ranks>
+constexpr std::int64_t size_of(Ranks const& ranks) {
+  if constexpr (has_ranks<Ranks>) return static_cast<std::int64_t>(ranks.size());
+  else return 0;
+}
+// A size even where the axes are wrong, so that the sentence about them is all there is to read.
+constexpr std::size_t axes_beside(int axes, std::size_t named) { return axes > 0 && static_cast<std::size_t>(axes) > named ? static_cast<std::size_t>(axes) - named : 0; }
 }  // namespace detail
 
 /// `N` axes of ranks and the place of this rank among them. Last axis fastest: rank = (i * extent(1) + j) * extent(2) + k.
@@ -86,13 +109,13 @@ struct axes_named_once {
 template <int N>
 class DeviceMesh : detail::axes_in_range<N> {
  public:
-  using Coordinate = std::array<std::int64_t, N>;
+  using Coordinate = std::array<std::int64_t, detail::axes_beside(N, 0)>;
   static constexpr int axes = N;
 
   template <class Ranks, std::size_t K>
-  constexpr DeviceMesh(Ranks const& ranks, std::int64_t const (&extents)[K]) : DeviceMesh{ranks.rank(), ranks.size(), checked(extents)} {}
+  constexpr DeviceMesh(Ranks const& ranks, std::int64_t const (&extents)[K]) : DeviceMesh{detail::rank_in(ranks), detail::size_of(ranks), checked(extents)} {}
   template <class Ranks>
-  constexpr DeviceMesh(Ranks const& ranks, Coordinate const& extents) : DeviceMesh{ranks.rank(), ranks.size(), extents} {}
+  constexpr DeviceMesh(Ranks const& ranks, Coordinate const& extents) : DeviceMesh{detail::rank_in(ranks), detail::size_of(ranks), extents} {}
 
   constexpr std::int64_t extent(int axis) const { return geometry_.extents[static_cast<std::size_t>(axis)]; }
   constexpr std::int64_t size() const { return geometry_.size(); }
@@ -127,7 +150,7 @@ class DeviceMesh : detail::axes_in_range<N> {
   /// Example   mesh of {pp, dp, tp}: mesh.sub<1, 2>() is the (dp, tp) mesh of this rank's pipeline stage
   template <int... Axis>
   constexpr DeviceMesh<static_cast<int>(sizeof...(Axis))> sub() const {
-    std::array<std::int64_t, static_cast<std::size_t>(N) - sizeof...(Axis)> fixed{};
+    std::array<std::int64_t, detail::axes_beside(N, sizeof...(Axis))> fixed{};
     if (coordinate_)
       for (std::size_t a = 0, next = 0; a < N; ++a)
         if (((static_cast<std::size_t>(Axis) != a) && ...)) fixed[next++] = (*coordinate_)[a];
@@ -138,7 +161,7 @@ class DeviceMesh : detail::axes_in_range<N> {
   /// Example   mesh.sub<1, 2>({3}): the (dp, tp) mesh of pipeline stage 3, the same value on every rank
   /// Throws    Error(invalid_argument) if a coordinate is outside its axis
   template <int... Axis>
-  constexpr DeviceMesh<static_cast<int>(sizeof...(Axis))> sub(std::array<std::int64_t, static_cast<std::size_t>(N) - sizeof...(Axis)> const& others) const {
+  constexpr DeviceMesh<static_cast<int>(sizeof...(Axis))> sub(std::array<std::int64_t, detail::axes_beside(N, sizeof...(Axis))> const& others) const {
     (static_cast<void>(detail::axis_of_mesh<Axis, N>{}), ...);
     constexpr int distinct = [] {
       int count = 0;

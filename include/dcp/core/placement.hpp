@@ -67,6 +67,12 @@ struct is_rule<Replicate> : std::true_type {};
 template <>
 struct is_rule<Partial> : std::true_type {};
 
+// A Placement goes on without what is no rule, so that the mistake is reported once.
+template <class R>
+constexpr Rule rule_of() {
+  if constexpr (is_rule<R>::value) return R::rule;
+  else return {};
+}
 template <class... Rules>
 struct a_placement_lists_rules {
   static_assert((is_rule<Rules>::value && ... && true), "dcp: a Placement lists rules; each is Shard<Dim>, OrderedShard<Dim, Step>, Replicate or Partial");
@@ -118,7 +124,7 @@ struct each_step_once {
 template <class... Rules>
 struct Placement : detail::a_placement_lists_rules<Rules...> {
   static constexpr int mesh_rank = static_cast<int>(sizeof...(Rules));
-  static constexpr std::array<Rule, sizeof...(Rules)> rules{Rules::rule...};
+  static constexpr std::array<Rule, sizeof...(Rules)> rules{detail::rule_of<Rules>()...};
   static constexpr int needed_rank = detail::needed_rank(rules);       // the least rank of a tensor that can be placed so
   static constexpr int partial_axes = detail::partial_axes(rules);
 
@@ -129,11 +135,22 @@ struct Placement : detail::a_placement_lists_rules<Rules...> {
 
 // ---- named axes -------------------------------------------------------------------------------------------------------------
 
+namespace detail {
+template <class... Tags>
+inline constexpr int distinct_tags = 0;
+template <class First, class... Rest>
+inline constexpr int distinct_tags<First, Rest...> = distinct_tags<Rest...> + ((std::is_same_v<First, Rest> || ...) ? 0 : 1);
+template <int Named, int Distinct>
+struct axes_have_own_tags {
+  static_assert(Named == Distinct, "dcp: Axes names an axis twice; give each axis of the mesh a tag of its own [axes named == distinct axes]");
+};
+}  // namespace detail
+
 /// Names for the axes of a mesh: tag types, so that a misspelt axis is an undeclared name.
 ///
 /// Example   using Mesh = dcp::Axes<struct dp, struct tp>;   Mesh::index<tp> == 1
 template <class... Tags>
-struct Axes {
+struct Axes : detail::axes_have_own_tags<static_cast<int>(sizeof...(Tags)), detail::distinct_tags<Tags...>> {
   static constexpr int count = static_cast<int>(sizeof...(Tags));
   template <class Tag>
   static constexpr int occurrences = (0 + ... + (std::is_same_v<Tag, Tags> ? 1 : 0));
@@ -153,6 +170,27 @@ struct On {
 };
 
 namespace detail {
+// A PlacementOn goes on with what it understands, so that a mistake in it is reported once.
+template <class T>
+struct on_parts {
+  static constexpr bool is_on = false;
+  using tag = void;
+  using rule = Replicate;
+};
+template <class Tag, class R>
+struct on_parts<On<Tag, R>> {
+  static constexpr bool is_on = true;
+  using tag = Tag;
+  using rule = R;
+};
+template <class... Ons>
+struct rules_of_named_axes {
+  static_assert((on_parts<Ons>::is_on && ... && true), "dcp: PlacementOn takes the Axes and then  On<axis, rule>  for each axis that does not replicate");
+};
+template <class Mesh>
+struct names_of_axes {
+  static_assert(sizeof(Mesh) == 0, "dcp: PlacementOn takes the names of the mesh axes first, a dcp::Axes<...>");
+};
 template <class Tag, int Occurrences>
 struct known_axis {
   static_assert(Occurrences == 1, "dcp: On<axis, rule> names an axis this mesh does not have; use a tag of its Axes [times the axis occurs in the mesh == 1]");
@@ -167,18 +205,25 @@ struct rule_of_axis {
 };
 template <class Mesh, class Tag, class First, class... Rest>
 struct rule_of_axis<Mesh, Tag, First, Rest...> {
-  using type = typename std::conditional_t<std::is_same_v<typename First::tag, Tag>, std::type_identity<typename First::rule>, rule_of_axis<Mesh, Tag, Rest...>>::type;
+  using type = typename std::conditional_t<std::is_same_v<typename on_parts<First>::tag, Tag>, std::type_identity<typename on_parts<First>::rule>, rule_of_axis<Mesh, Tag, Rest...>>::type;
 };
 template <int Position, class Check>   // a base per On, distinct even when two Ons are equal
 struct check_at : Check {};
 template <class Tag, class... Ons>
-inline constexpr int times_placed = (0 + ... + (std::is_same_v<Tag, typename Ons::tag> ? 1 : 0));
+inline constexpr int times_placed = (0 + ... + (std::is_same_v<Tag, typename on_parts<Ons>::tag> ? 1 : 0));
+template <class Mesh, class O>
+inline constexpr int occurrences_of = on_parts<O>::is_on ? Mesh::template occurrences<typename on_parts<O>::tag> : 1;
+template <class O, class... Ons>
+inline constexpr int times_of = on_parts<O>::is_on ? times_placed<typename on_parts<O>::tag, Ons...> : 1;
 template <class Mesh, class Positions, class... Ons>
-struct placement_on;
+struct placement_on : names_of_axes<Mesh> {
+  using type = Placement<typename on_parts<Ons>::rule...>;
+};
 template <class... Tags, std::size_t... Position, class... Ons>
 struct placement_on<Axes<Tags...>, std::index_sequence<Position...>, Ons...>
-    : check_at<static_cast<int>(Position), known_axis<typename Ons::tag, Axes<Tags...>::template occurrences<typename Ons::tag>>>...,
-      check_at<static_cast<int>(Position), axis_placed_once<typename Ons::tag, times_placed<typename Ons::tag, Ons...>>>... {
+    : rules_of_named_axes<Ons...>,
+      check_at<static_cast<int>(Position), known_axis<typename on_parts<Ons>::tag, occurrences_of<Axes<Tags...>, Ons>>>...,
+      check_at<static_cast<int>(Position), axis_placed_once<typename on_parts<Ons>::tag, times_of<Ons, Ons...>>>... {
   using type = Placement<typename rule_of_axis<Axes<Tags...>, Tags, Ons...>::type...>;
 };
 }  // namespace detail

@@ -92,11 +92,17 @@ class Extents {
   int rank_ = 0;
 };
 
+namespace detail {
+template <int Given, int Most>
+struct dims_in_range {
+  static_assert(Given <= Most, "dcp: a tensor has at most 16 dimensions [dimensions given <= dimensions a tensor may have]");
+};
+}  // namespace detail
+
 /// A global shape in a tensor's type.
 template <std::int64_t... Sizes>
-struct Shape {
+struct Shape : detail::dims_in_range<static_cast<int>(sizeof...(Sizes)), max_rank> {
   static_assert(((Sizes >= 0) && ...), "dcp: a dimension of negative size; sizes count elements, from 0 up");
-  static_assert(static_cast<int>(sizeof...(Sizes)) <= max_rank, "dcp: a tensor has at most 16 dimensions");
   static constexpr int rank = static_cast<int>(sizeof...(Sizes));
   static constexpr std::array<std::int64_t, sizeof...(Sizes)> sizes{Sizes...};
 };

@@ -16,10 +16,16 @@ namespace detail {
 template <class S>
 struct shape_of_type {
   static constexpr int rank = max_rank;   // AnyShape: known at run time
+  static constexpr bool is_static = false;
 };
 template <std::int64_t... Sizes>
 struct shape_of_type<Shape<Sizes...>> {
   static constexpr int rank = Shape<Sizes...>::rank;
+  static constexpr bool is_static = true;
+};
+template <class S>
+struct a_static_shape {
+  static_assert(shape_of_type<S>::is_static, "dcp: as_shape<...> takes a dcp::Shape<...>, the global shape that the tensor should turn out to have");
 };
 template <class S>
 struct a_shape {
@@ -58,17 +64,17 @@ inline void check_local_memory(Layout const& layout, Box const& padded, Box cons
 /// Outside   on a rank that is not in the mesh it views nothing, and a state leaves it out
 /// Example   dcp::ShardedTensor<float, dcp::Placement<dcp::Shard<0>>> w{mesh, {7, 5}, memory};
 template <class T, class P, class S = AnyShape>
-class ShardedTensor : detail::an_element_type<T>, detail::a_placement<P>, detail::a_shape<S>, detail::dims_exist<detail::shape_of_type<S>::rank, P::needed_rank> {
+class ShardedTensor : detail::an_element_type<T>, detail::a_placement<P>, detail::a_shape<S>, detail::dims_exist<detail::shape_of_type<S>::rank, detail::needed_rank_of<P>()> {
  public:
   using element_type = T;
   using placement = P;
-  static constexpr int partial_axes = P::partial_axes;
+  static constexpr int partial_axes = detail::partial_axes_of<P>();
 
   /// Global shape known at run time.
   template <int N, class M, std::size_t K>
     requires(std::is_same_v<S, AnyShape>)
   ShardedTensor(DeviceMesh<N> const& mesh, std::int64_t const (&shape)[K], M&& memory) : ShardedTensor{layout_of<P>(mesh, Extents{shape}), mesh.rank(), memory} {
-    [[maybe_unused]] detail::dims_exist<static_cast<int>(K), P::needed_rank> dims;
+    [[maybe_unused]] detail::dims_exist<static_cast<int>(K), detail::needed_rank_of<P>()> dims;
   }
   template <int N, class M>
     requires(std::is_same_v<S, AnyShape>)
@@ -83,15 +89,16 @@ class ShardedTensor : detail::an_element_type<T>, detail::a_placement<P>, detail
   ShardedTensor(DeviceMesh<N> const& mesh, M&& memory) : ShardedTensor{layout_of<P>(mesh, Extents{std::span{S::sizes}}), mesh.rank(), memory} {}
 
   /// From a global shape in the type to one at run time. The way back is checked: as_shape.
-  operator ShardedTensor<T, P, AnyShape>() const
-    requires(!std::is_same_v<S, AnyShape>)
-  {
-    return ShardedTensor<T, P, AnyShape>{part_};
-  }
+  template <std::int64_t... Sizes>
+    requires(std::is_same_v<S, AnyShape>)
+  ShardedTensor(ShardedTensor<T, P, Shape<Sizes...>> const& other) : part_{other.part_} {}
   template <class To>
   Result<ShardedTensor<T, P, To>> as_shape() const {
-    if (Extents const wanted{std::span{To::sizes}}; !(wanted == shape()))
-      return Error{ErrorCode::shape_mismatch, "a tensor of shape " + to_string(shape()) + " seen as one of " + to_string(wanted)};
+    [[maybe_unused]] detail::a_static_shape<To> check;
+    if constexpr (detail::shape_of_type<To>::is_static) {
+      if (Extents const wanted{std::span{To::sizes}}; !(wanted == shape()))
+        return Error{ErrorCode::shape_mismatch, "a tensor of shape " + to_string(shape()) + " seen as one of " + to_string(wanted)};
+    }
     return ShardedTensor<T, P, To>{part_};
   }
 

@@ -19,6 +19,10 @@ struct an_element_type {
   static_assert(is_element<T>, "dcp: no checkpoint format has this element type; use bool, a fixed-width integer, float, double, std::complex<float>, or a dcp float such as dcp::bf16");
   static_assert(!std::is_const_v<T>, "dcp: a tensor's element type is not const; loading writes into it");
 };
+template <class T, int Bits>
+struct elements_of_whole_bytes {
+  static_assert(Bits >= 8, "dcp: elements smaller than a byte cannot be sliced; view the bytes that hold them [bits of an element >= 8]");
+};
 template <class T, class M>
 struct memory_of_type {
   static_assert(std::is_constructible_v<std::span<storage_of<T>>, M&>,
@@ -56,9 +60,9 @@ class TensorView : detail::an_element_type<T> {
 
   /// Elements [begin, end) of dimension `dim`: part of a fused buffer, or a buffer without its padding.
   TensorView slice(int dim, std::int64_t begin, std::int64_t end) const {
+    [[maybe_unused]] detail::elements_of_whole_bytes<T, bits_of(dtype_of<T>)> check;
     if (dim < 0 || dim >= shape_.rank() || begin < 0 || end < begin || end > shape_[dim])
       throw Error{ErrorCode::invalid_argument, "slice [" + std::to_string(begin) + ", " + std::to_string(end) + ") of dimension " + std::to_string(dim) + " of a tensor " + to_string(shape_)};
-    static_assert(bits_of(dtype_of<T>) >= 8, "dcp: elements smaller than a byte cannot be sliced; view the bytes that hold them");
     TensorView part = *this;
     part.data_ += begin * strides_[dim];
     part.shape_[dim] = end - begin;
@@ -68,13 +72,16 @@ class TensorView : detail::an_element_type<T> {
   MemoryView memory() const { return {reinterpret_cast<std::byte*>(data_), strides_}; }
 
  private:
+  struct Units {   // a type of its own, lest the constructor below take a span that a user passes
+    std::span<storage_of<T>> span;
+  };
   template <class M>
-  static std::span<storage_of<T>> memory_of(M& memory) {
+  static Units memory_of(M& memory) {
     [[maybe_unused]] detail::memory_of_type<T, M> check;
-    if constexpr (std::is_constructible_v<std::span<storage_of<T>>, M&>) return std::span<storage_of<T>>{memory};
+    if constexpr (std::is_constructible_v<std::span<storage_of<T>>, M&>) return {std::span<storage_of<T>>{memory}};
     else return {};
   }
-  TensorView(std::span<storage_of<T>> memory, Extents const& shape, Extents const& strides) : data_{memory.data()}, shape_{shape}, strides_{strides} {
+  TensorView(Units memory, Extents const& shape, Extents const& strides) : data_{memory.span.data()}, shape_{shape}, strides_{strides} {
     if (shape.rank() != strides.rank())
       throw Error{ErrorCode::invalid_argument, "a tensor of shape " + to_string(shape) + " with strides " + to_string(strides)};
     if (bits_of(dtype_of<T>) < 8 && !(strides == row_major_strides(shape)))
@@ -92,9 +99,9 @@ class TensorView : detail::an_element_type<T> {
       fits = fits && checked_multiply(units, static_cast<std::uint64_t>(bits_of(dtype_of<T>)), units);
       units = ceil_div<std::uint64_t>(units, 8);
     }
-    if (!fits || units > memory.size())
+    if (!fits || units > memory.span.size())
       throw Error{ErrorCode::invalid_argument, "a tensor of shape " + to_string(shape) + " needs memory of " + (fits ? std::to_string(units) : std::string{"2^64 or more"}) + " elements, but was given " +
-                                                   std::to_string(memory.size())};
+                                                   std::to_string(memory.span.size())};
   }
 
   storage_of<T>* data_ = nullptr;

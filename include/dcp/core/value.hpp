@@ -200,6 +200,9 @@ inline constexpr ValueOps bytes_ops{ValueKind::bytes, DType::u8,
                                     [](void const* object) { return make_value(ValueKind::bytes, DType::u8, *static_cast<V const*>(object)); },
                                     [](void* object, Value const& value) { static_cast<V*>(object)->assign(value.payload.begin(), value.payload.end()); }};
 
+template <class T>
+inline constexpr bool is_value = is_number<T> || is_number_vector<T> || is_byte_vector<T> || std::is_same_v<T, std::string>;
+
 /// The operations for `T`, or nullptr if it is no value type known here.
 template <class T>
 constexpr ValueOps const* value_ops() {

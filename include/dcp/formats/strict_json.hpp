@@ -6,6 +6,7 @@
 // for the end of the text, and calls -0 an integer. Faults have one order, whatever stands first in the text: encoding, then grammar
 // and depth, then the first fault of the schema. So a reader's answer does not depend on how a broken text happens to be ordered.
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
 #include <dcp/base/text.hpp>
@@ -33,13 +34,15 @@ struct JsonScalar {
   std::string const* text = nullptr;    // of a string, unescaped
 };
 
-inline std::string_view to_string(JsonKind kind) {
+template <class = Deferred>
+std::string_view to_string(JsonKind kind) {
   constexpr std::array<std::string_view, 5> names{"null", "true or false", "an integer", "a number that is no unsigned 64-bit integer", "a string"};
   return names[static_cast<std::size_t>(kind)];
 }
 
 /// A name from a file as part of a sentence: quoted, escaped, and cut when it is long.
-inline std::string shown(std::string_view name) {
+template <class = Deferred>
+std::string shown(std::string_view name) {
   constexpr std::size_t most = 120;
   if (name.size() <= most) return json_quoted(name);
   std::size_t cut = most;
@@ -151,7 +154,8 @@ void read_json(ConstByteSpan bytes, std::string_view what, std::uint64_t first_b
 /// `text` as Python's json.dumps writes it by default: pure ASCII, \uXXXX in lower case, surrogate pairs beyond U+FFFF.
 ///
 /// Throws    Error(bad_utf8)
-inline std::string python_quoted(std::string_view text) {
+template <class = Deferred>
+std::string python_quoted(std::string_view text) {
   if (first_invalid_utf8(text) != std::string_view::npos) throw Error{ErrorCode::bad_utf8, "a name that is not UTF-8 cannot be written as JSON"};
   std::string out{'"'};
   auto const escaped = [&](std::uint32_t unit) {

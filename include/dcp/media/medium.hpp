@@ -123,6 +123,62 @@ concept Medium = requires(M& medium, std::string const& path) {
   { medium.block_bytes(path) } -> std::same_as<std::uint64_t>;
 };
 
+namespace detail {
+/// The number of the first piece of a Medium that `M` lacks, in the order of the sentences below; -1 if it has all.
+template <class M>
+constexpr int piece_that_medium_lacks() {
+  using Path = std::string const&;
+  bool const has[]{
+      requires { { M::renames_directories } -> std::convertible_to<bool>; },
+      requires { { M::shared_by_ranks } -> std::convertible_to<bool>; },
+      requires(M& medium, Path path) { { medium.open_write(path) } -> std::same_as<std::unique_ptr<WritableFile>>; },
+      requires(M& medium, Path path) { { medium.open_read(path) } -> std::same_as<std::unique_ptr<ReadableFile>>; },
+      requires(M& medium, Path path) { medium.rename_file(path, path); },
+      requires(M& medium, Path path) { medium.remove_file(path); },
+      requires(M& medium, Path path) { { medium.kind(path) } -> std::same_as<EntryKind>; },
+      requires(M& medium, Path path) { { medium.list(path) } -> std::same_as<std::vector<DirectoryEntry>>; },
+      requires(M& medium, Path path) { { medium.create_directory(path) } -> std::same_as<bool>; },
+      requires(M& medium, Path path) { medium.create_directories(path); },
+      requires(M& medium, Path path) { medium.sync_directory(path); },
+      requires(M& medium, Path path) { { medium.publish_new(path, path) } -> std::same_as<bool>; },
+      requires(M& medium, Path path) { { medium.exchange_directories(path, path) } -> std::same_as<bool>; },
+      requires(M& medium, Path path) { medium.remove_tree(path); },
+      requires(M& medium, Path path) { { medium.acquire_lease(path) } -> std::same_as<std::unique_ptr<Lease>>; },
+      requires(M& medium, Path path) { { medium.resolve_place(path) } -> std::same_as<std::string>; },
+      requires(M& medium, Path path) { { medium.block_bytes(path) } -> std::same_as<std::uint64_t>; },
+  };
+  int piece = 0;
+  for (bool const there : has) {
+    if (!there) return piece;
+    ++piece;
+  }
+  return -1;
+}
+template <class M, int Lacks>
+struct medium_lacks {
+  static_assert(Lacks != 0, "dcp: a Medium needs  static constexpr bool renames_directories  - whether publish_new and exchange_directories can work");
+  static_assert(Lacks != 1, "dcp: a Medium needs  static constexpr bool shared_by_ranks  - false for a medium inside one process");
+  static_assert(Lacks != 2, "dcp: a Medium needs  std::unique_ptr<dcp::WritableFile> open_write(std::string const& path)  - creates the file, never truncates it");
+  static_assert(Lacks != 3, "dcp: a Medium needs  std::unique_ptr<dcp::ReadableFile> open_read(std::string const& path)  - Error(missing_file) if it is not there");
+  static_assert(Lacks != 4, "dcp: a Medium needs  void rename_file(std::string const& from, std::string const& to)  - atomically, over a file that is there");
+  static_assert(Lacks != 5, "dcp: a Medium needs  void remove_file(std::string const& path)  - no error if it is not there");
+  static_assert(Lacks != 6, "dcp: a Medium needs  dcp::EntryKind kind(std::string const& path)  - missing, a file or a directory");
+  static_assert(Lacks != 7, "dcp: a Medium needs  std::vector<dcp::DirectoryEntry> list(std::string const& directory)  - sorted by name");
+  static_assert(Lacks != 8, "dcp: a Medium needs  bool create_directory(std::string const& path)  - false if it was there");
+  static_assert(Lacks != 9, "dcp: a Medium needs  void create_directories(std::string const& path)  - with parents, each parent synced");
+  static_assert(Lacks != 10, "dcp: a Medium needs  void sync_directory(std::string const& path)  - the names in it survive a crash");
+  static_assert(Lacks != 11, "dcp: a Medium needs  bool publish_new(std::string const& from, std::string const& to)  - renames a directory, false if `to` is there");
+  static_assert(Lacks != 12, "dcp: a Medium needs  bool exchange_directories(std::string const& a, std::string const& b)  - atomically, false if it cannot");
+  static_assert(Lacks != 13, "dcp: a Medium needs  void remove_tree(std::string const& path)  - no error if it is not there");
+  static_assert(Lacks != 14, "dcp: a Medium needs  std::unique_ptr<dcp::Lease> acquire_lease(std::string const& path)  - nullptr if another holder is alive");
+  static_assert(Lacks != 15, "dcp: a Medium needs  std::string resolve_place(std::string const& path)  - absolute, links resolved");
+  static_assert(Lacks != 16, "dcp: a Medium needs  std::uint64_t block_bytes(std::string const& directory)  - the unit that only one rank may write");
+};
+/// As a base or a local variable: fails to compile, with the sentence of the first piece that `M` lacks.
+template <class M>
+struct a_medium : medium_lacks<M, piece_that_medium_lacks<M>()> {};
+}  // namespace detail
+
 /// AnyMedium over a Medium, held by value (a medium is a small handle).
 template <Medium M>
 class MediumModel final : public AnyMedium {

@@ -2,6 +2,7 @@
 #pragma once
 // What a checkpoint holds, whatever its format: tensors as boxes in files, values, tied names.
 
+#include <dcp/base/config.hpp>
 #include <dcp/core/box.hpp>
 #include <dcp/core/dtype.hpp>
 #include <dcp/core/value.hpp>
@@ -71,7 +72,8 @@ struct Catalog {
   }
 };
 
-inline Bytes encode(FoundFile const& file) {
+template <class = Deferred>
+Bytes encode(FoundFile const& file) {
   ByteWriter out;
   out.text(file.path).number(file.size).number(file.pieces).number<std::uint64_t>(file.tensors.size());
   for (auto const& t : file.tensors) {
@@ -82,7 +84,8 @@ inline Bytes encode(FoundFile const& file) {
   for (auto const& tie : file.ties) out.text(tie.dropped).text(tie.kept);
   return out.take();
 }
-inline FoundFile decode_found_file(ConstByteSpan bytes) {
+template <class = Deferred>
+FoundFile decode_found_file(ConstByteSpan bytes) {
   ByteReader in{bytes};
   FoundFile file;
   file.path = in.text(), file.size = in.number<std::uint64_t>(), file.pieces = in.number<bool>();
@@ -101,7 +104,8 @@ inline FoundFile decode_found_file(ConstByteSpan bytes) {
 
 namespace detail {
 // What is left of `box` without `hole`, as disjoint boxes.
-inline void subtract(Box const& box, Box const& hole, std::vector<Box>& out) {
+template <class = Deferred>
+void subtract(Box const& box, Box const& hole, std::vector<Box>& out) {
   Box common;
   if (!intersect(box, hole, common)) {
     out.push_back(box);
@@ -126,7 +130,8 @@ inline void subtract(Box const& box, Box const& hole, std::vector<Box>& out) {
 }
 
 // Whether any two of the boxes overlap: a sweep along the dimension of the largest extent, O(n log n) for the grids that jobs write.
-inline bool any_overlap(std::vector<StoredPiece> const& pieces, Extents const& shape) {
+template <class = Deferred>
+bool any_overlap(std::vector<StoredPiece> const& pieces, Extents const& shape) {
   if (pieces.size() < 2) return false;
   if (shape.rank() == 0) return true;
   int widest = 0;
@@ -160,7 +165,8 @@ inline bool any_overlap(std::vector<StoredPiece> const& pieces, Extents const& s
 /// Rules     pieces of one tensor agree in dtype and rank, and cover it; of equal pieces the one in the lowest file name counts and
 ///           the others are listed; pieces that overlap otherwise are all kept, to be compared when read
 /// Throws    Error(dtype_mismatch, bad_schema, incomplete, duplicate_entry), all problems of all tensors listed
-inline Catalog assemble(std::vector<FoundFile> found) {
+template <class = Deferred>
+Catalog assemble(std::vector<FoundFile> found) {
   std::sort(found.begin(), found.end(), [](FoundFile const& a, FoundFile const& b) { return a.path < b.path; });
   struct Reference {
     FoundTensor const* tensor;

@@ -67,34 +67,49 @@ class AnyStorage {
 };
 
 namespace detail {
-// One sentence per missing piece of a storage type.
+// One sentence per missing piece of a storage type; a_storage stops at the first one that is missing.
+template <class S>
+inline constexpr bool has_place = requires { typename S::Place; };
+template <class S>
+inline constexpr bool has_options = requires { typename S::Options; };
+template <class S>
+inline constexpr bool has_open = requires(typename S::Options const& options) { { S::open(options) } -> std::convertible_to<std::unique_ptr<AnyStorage>>; };
+template <class S>
+inline constexpr bool has_locate = requires(typename S::Place const& place) { { S::locate(place) } -> std::convertible_to<PlaceRef>; };
+
 template <class S>
 struct storage_has_a_place {
-  static_assert(requires { typename S::Place; }, "dcp: a Storage needs a member type  Place  - the second argument of save and load");
+  static_assert(has_place<S>, "dcp: a Storage needs a member type  Place  - the second argument of save and load");
 };
 template <class S>
 struct storage_has_options {
-  static_assert(requires { typename S::Options; }, "dcp: a Storage needs a member type  Options  - an aggregate; empty if there is nothing to choose");
+  static_assert(has_options<S>, "dcp: a Storage needs a member type  Options  - an aggregate; empty if there is nothing to choose");
 };
 template <class S>
 struct storage_opens {
-  static_assert(requires(typename S::Options const& options) { { S::open(options) } -> std::convertible_to<std::unique_ptr<AnyStorage>>; },
-                "dcp: a Storage needs  static std::unique_ptr<AnyStorage> open(Options const&)  - the driver that plans and reads its files");
+  static_assert(has_open<S>, "dcp: a Storage needs  static std::unique_ptr<AnyStorage> open(Options const&)  - the driver that plans and reads its files");
 };
 template <class S>
 struct storage_locates {
-  static_assert(requires(typename S::Place const& place) { { S::locate(place) } -> std::convertible_to<PlaceRef>; },
-                "dcp: a Storage needs  static PlaceRef locate(Place const&)  - the medium of a place, and the path in it");
+  static_assert(has_locate<S>, "dcp: a Storage needs  static PlaceRef locate(Place const&)  - the medium of a place, and the path in it");
 };
 template <class S>
-inline constexpr bool is_storage = requires {
-  typename S::Place;
-  typename S::Options;
-  requires requires(typename S::Options const& options, typename S::Place const& place) {
-    { S::open(options) } -> std::convertible_to<std::unique_ptr<AnyStorage>>;
-    { S::locate(place) } -> std::convertible_to<PlaceRef>;
-  };
-};
+struct storage_is_complete {};
+
+template <class S>
+constexpr auto first_check_of_storage() {
+  if constexpr (!has_place<S>) return std::type_identity<storage_has_a_place<S>>{};
+  else if constexpr (!has_options<S>) return std::type_identity<storage_has_options<S>>{};
+  else if constexpr (!has_open<S>) return std::type_identity<storage_opens<S>>{};
+  else if constexpr (!has_locate<S>) return std::type_identity<storage_locates<S>>{};
+  else return std::type_identity<storage_is_complete<S>>{};
+}
+/// As a base or a local variable: fails to compile, with the sentence of the first piece that `S` lacks.
+template <class S>
+struct a_storage : decltype(first_check_of_storage<S>())::type {};
+
+template <class S>
+inline constexpr bool is_storage = has_place<S> && has_options<S> && has_open<S> && has_locate<S>;
 struct no_place {
   template <class T>
   no_place(T const&) {}
@@ -134,7 +149,11 @@ struct MediumPlace {
     Medium medium;
     std::string prefix;
   };
-  static PlaceRef locate(type const& place) { return {std::make_shared<MediumModel<Medium>>(place.medium), place.prefix}; }
+  static PlaceRef locate(type const& place) {
+    [[maybe_unused]] detail::a_medium<Medium> check;
+    if constexpr (dcp::Medium<Medium>) return {std::make_shared<MediumModel<Medium>>(place.medium), place.prefix};
+    else return {};
+  }
 };
 
 }  // namespace dcp

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+// error: dcp: a state entry is const, and loading writes into it; bind a variable that can change
+#include <dcp/core/state_dict.hpp>
+
+#ifdef MISTAKE
+dcp::StateDict state_of(std::int64_t const& seed) { return {{"seed", dcp::per_rank(seed)}}; }
+#else
+dcp::StateDict state_of(std::int64_t& seed) { return {{"seed", dcp::per_rank(seed)}}; }
+#endif
+
+int main() {}

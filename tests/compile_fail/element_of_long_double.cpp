@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+// error: dcp: no checkpoint format has this element type; use bool, a fixed-width integer, float, double, std::complex<float>, or a dcp float such as dcp::bf16
+// error (gcc): an_element_type<long double
+// error (clang): 'long double
+// error (nvcc): T=long double
+#include <dcp/core/sharded_tensor.hpp>
+
+#ifdef MISTAKE
+using Weight = dcp::ShardedTensor<long double, dcp::Placement<dcp::Shard<0>>>;
+#else
+using Weight = dcp::ShardedTensor<double, dcp::Placement<dcp::Shard<0>>>;
+#endif
+
+int main() { return static_cast<int>(sizeof(Weight)) == 0; }

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+// error: dcp: a tensor with Partial axes holds unreduced terms and has no single value to save; all-reduce it first [Partial axes == 0]
+// error (gcc): '(1 == 0)'
+// error (clang): '1 == 0'
+// error (nvcc): Axes=1
+#include <dcp/core/state_dict.hpp>
+
+#ifdef MISTAKE
+using Gradient = dcp::ShardedTensor<float, dcp::Placement<dcp::Partial, dcp::Shard<0>>>;
+#else
+using Gradient = dcp::ShardedTensor<float, dcp::Placement<dcp::Replicate, dcp::Shard<0>>>;
+#endif
+
+dcp::StateDict state_of(Gradient& gradient) { return {{"gradient", gradient}}; }
+int main() {}

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+// error: dcp: a Placement lists rules; each is Shard<Dim>, OrderedShard<Dim, Step>, Replicate or Partial
+#include <dcp/core/sharded_tensor.hpp>
+
+using Mesh = dcp::Axes<struct dp, struct tp>;
+
+#ifdef MISTAKE
+using P = dcp::Placement<dcp::On<tp, dcp::Shard<0>>>;
+#else
+using P = dcp::PlacementOn<Mesh, dcp::On<tp, dcp::Shard<0>>>;
+#endif
+
+using Weight = dcp::ShardedTensor<float, P>;
+int main() { return static_cast<int>(sizeof(Weight)) == 0; }
