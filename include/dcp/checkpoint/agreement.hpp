@@ -108,7 +108,7 @@ AgreedState agree_state(CommRef comm, std::string_view phase, StateDict const& s
   auto const annotated = [&](Error error) { return error.with_phase(std::string{phase}); };
   for (std::size_t r = 1; r < digests.size(); ++r)
     if (digests[r].options != digests[0].options)
-      throw annotated(Error{ErrorCode::ranks_disagree, "rank 0 and rank " + std::to_string(r) + " were given different options"}.with_hint("here: " + std::string{options}));
+      throw annotated(Error{ErrorCode::ranks_disagree, "rank 0 and rank " + std::to_string(r) + " were given different options or places"}.with_hint("here: " + std::string{options}));
 
   std::vector<Tie> declared = local.schema.ties;
   declared.insert(declared.end(), local.ties.begin(), local.ties.end());

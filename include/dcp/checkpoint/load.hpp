@@ -118,7 +118,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
 
   watch.enter("agree");
   agree(comm, "load: agree", [&] { check_resources(settings.memory_bytes, settings.threads); });
-  AgreedState const agreed = agree_state(comm, "load: agree", state, report.options, false);
+  AgreedState const agreed = agree_state(comm, "load: agree", state, report.options + " place=" + place.path, false);
 
   return again_if_replaced(comm, medium, place.path, [&](Sighting& seen) {
     watch.enter("open");

@@ -225,7 +225,7 @@ Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
     if (settings.writers_per_file < 1) throw Error{ErrorCode::invalid_argument, "writers_per_file is " + std::to_string(settings.writers_per_file)};
     if (!medium.renames_directories()) throw Error{ErrorCode::unsupported, "this medium cannot rename directories, which publishing a checkpoint needs"};
   });
-  AgreedState const agreed = agree_state(comm, "save: agree", state, options, true);
+  AgreedState const agreed = agree_state(comm, "save: agree", state, options + " place=" + place.path, true);
   if (settings.check == Check::contents) compare_replicas(comm, agreed);
 
   watch.enter("plan");
