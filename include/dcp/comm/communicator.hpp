@@ -124,7 +124,7 @@ constexpr auto first_check_of_communicator() {
 }
 /// As a base or a local variable: fails to compile, with the sentence of the first piece that `C` lacks.
 template <class C>
-struct a_communicator : decltype(first_check_of_communicator<C>())::type {};
+using a_communicator = typename decltype(first_check_of_communicator<C>())::type;
 }  // namespace detail
 
 /// A borrowed communicator of any type: the algorithms above this floor are compiled once, not once per communicator.

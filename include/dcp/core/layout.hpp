@@ -200,22 +200,20 @@ template <class P>
 struct a_placement {
   static_assert(is_placement<P>, "dcp: a layout is a dcp::Placement<...> (or a PlacementOn<...>); this type is none");
 };
-// Of what is no Placement: numbers that raise no second complaint.
+// Of what is no Placement: numbers that raise no second complaint. Variables, since clang++ finds a function that meets an error
+// "not a constant expression" once more.
 template <class P, int Axes>
-constexpr int rules_given() {
-  if constexpr (is_placement<P>) return P::mesh_rank;
-  else return Axes;
-}
+inline constexpr int rules_given = Axes;
+template <class... Rules, int Axes>
+inline constexpr int rules_given<Placement<Rules...>, Axes> = static_cast<int>(sizeof...(Rules));
 template <class P>
-constexpr int needed_rank_of() {
-  if constexpr (is_placement<P>) return P::needed_rank;
-  else return 0;
-}
+inline constexpr int needed_rank_of = 0;
+template <class... Rules>
+inline constexpr int needed_rank_of<Placement<Rules...>> = Placement<Rules...>::needed_rank;
 template <class P>
-constexpr int partial_axes_of() {
-  if constexpr (is_placement<P>) return P::partial_axes;
-  else return 0;
-}
+inline constexpr int partial_axes_of = 0;
+template <class... Rules>
+inline constexpr int partial_axes_of<Placement<Rules...>> = Placement<Rules...>::partial_axes;
 template <int Rules, int Axes>
 struct one_rule_per_axis {
   static_assert(Rules == Axes, "dcp: a Placement lists one rule per mesh axis; write Replicate for the axes it ignores [rules given == mesh axes]");
@@ -232,7 +230,7 @@ struct dims_exist {
 template <class P, int N>
 constexpr Layout layout_of(DeviceMesh<N> const& mesh, Padded const& shape) {
   [[maybe_unused]] detail::a_placement<P> placement;
-  [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>(), N> rules;
+  [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
   Layout layout;
   layout.shape = shape.logical;
   layout.split_shape = shape.padded;
@@ -244,7 +242,7 @@ constexpr Layout layout_of(DeviceMesh<N> const& mesh, Padded const& shape) {
   for (int d = 0; d < shape.logical.rank(); ++d)
     if (shape.logical[d] > shape.padded[d])
       throw Error{ErrorCode::invalid_argument, "logical shape " + to_string(shape.logical) + " is larger than the padded shape " + to_string(shape.padded)};
-  constexpr int needed = detail::needed_rank_of<P>();
+  constexpr int needed = detail::needed_rank_of<P>;
   if (shape.logical.rank() < needed)
     throw Error{ErrorCode::invalid_argument, "a tensor of shape " + to_string(shape.logical) + " has no dimension " + std::to_string(needed - 1) + ", which its Placement shards"};
   return layout;
@@ -273,7 +271,7 @@ constexpr Box local_box(DeviceMesh<N> const& mesh, Extents const& shape) {
 }
 template <class P, int N, std::size_t K>
 constexpr Box local_box(DeviceMesh<N> const& mesh, std::int64_t const (&shape)[K]) {
-  [[maybe_unused]] detail::dims_exist<static_cast<int>(K), detail::needed_rank_of<P>()> dims;
+  [[maybe_unused]] detail::dims_exist<static_cast<int>(K), detail::needed_rank_of<P>> dims;
   return local_box<P>(mesh, Extents{shape});
 }
 /// The same with the padding that is split along: what to allocate for a padded tensor.

@@ -155,7 +155,7 @@ class Entry {
 ///
 /// Names     UTF-8. A nested state's names are prefixed with its own and a dot: {"model", model} gives "model.linear.weight"
 /// Takes     tensors, numbers, bool, std::string, bytes, JSON, vectors of numbers, per_rank(x), types with state(), other states
-/// Throws    Error(duplicate_entry) when a name comes twice, Error(bad_utf8) for a name that is none
+/// Throws    Error(bad_utf8) for a name that is none. A name that comes twice is an error of the save or load
 /// Example   dcp::StateDict state{{"model", model}, {"optimizer", {{"step", step}, {"lr", lr}}}, {"rng", dcp::per_rank(rng)}};
 class StateDict {
  public:
@@ -226,7 +226,8 @@ class StateDict {
     return prefix.empty() ? name : name.empty() ? prefix : prefix + '.' + name;
   }
   StateEntry& insert(std::string name, StateEntry::Kind kind) {
-    if (first_invalid_utf8(name) != std::string::npos) throw Error{ErrorCode::bad_utf8, "the name of a state entry is not UTF-8: " + json_quoted(name)};
+    if (auto const bad = first_invalid_utf8(name); bad != std::string::npos)
+      throw Error{ErrorCode::bad_utf8, "the name of a state entry is not UTF-8 after " + json_quoted(std::string_view{name}.substr(0, bad))};
     if (name == "__metadata__") throw Error{ErrorCode::invalid_argument, "a state entry cannot be named __metadata__; the name is taken by the safetensors format"};
     StateEntry& entry = entries_.emplace_back();
     entry.kind = kind;

@@ -73,9 +73,15 @@ inline constexpr bool has_place = requires { typename S::Place; };
 template <class S>
 inline constexpr bool has_options = requires { typename S::Options; };
 template <class S>
-inline constexpr bool has_open = requires(typename S::Options const& options) { { S::open(options) } -> std::convertible_to<std::unique_ptr<AnyStorage>>; };
+inline constexpr bool has_open = requires {
+  typename S::Options;   // asked first: clang++ 14 does not take a missing type of a parameter for an answer
+  requires requires(typename S::Options const& options) { { S::open(options) } -> std::convertible_to<std::unique_ptr<AnyStorage>>; };
+};
 template <class S>
-inline constexpr bool has_locate = requires(typename S::Place const& place) { { S::locate(place) } -> std::convertible_to<PlaceRef>; };
+inline constexpr bool has_locate = requires {
+  typename S::Place;
+  requires requires(typename S::Place const& place) { { S::locate(place) } -> std::convertible_to<PlaceRef>; };
+};
 
 template <class S>
 struct storage_has_a_place {
@@ -106,7 +112,7 @@ constexpr auto first_check_of_storage() {
 }
 /// As a base or a local variable: fails to compile, with the sentence of the first piece that `S` lacks.
 template <class S>
-struct a_storage : decltype(first_check_of_storage<S>())::type {};
+using a_storage = typename decltype(first_check_of_storage<S>())::type;
 
 template <class S>
 inline constexpr bool is_storage = has_place<S> && has_options<S> && has_open<S> && has_locate<S>;
