@@ -76,19 +76,26 @@ class ShardedTensor : detail::an_element_type<T>, detail::a_placement<P>, detail
   template <int N, class M, std::size_t K>
     requires(std::is_same_v<S, AnyShape>)
   ShardedTensor(DeviceMesh<N> const& mesh, std::int64_t const (&shape)[K], M&& memory) : ShardedTensor{layout_of<P>(mesh, Extents{shape}), mesh.rank(), memory} {
+    [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
     [[maybe_unused]] detail::dims_exist<static_cast<int>(K), detail::needed_rank_of<P>> dims;
   }
   template <int N, class M>
     requires(std::is_same_v<S, AnyShape>)
-  ShardedTensor(DeviceMesh<N> const& mesh, Extents const& shape, M&& memory) : ShardedTensor{layout_of<P>(mesh, shape), mesh.rank(), memory} {}
+  ShardedTensor(DeviceMesh<N> const& mesh, Extents const& shape, M&& memory) : ShardedTensor{layout_of<P>(mesh, shape), mesh.rank(), memory} {
+    [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
+  }
   /// A tensor that was padded before it was split; see Padded.
   template <int N, class M>
     requires(std::is_same_v<S, AnyShape>)
-  ShardedTensor(DeviceMesh<N> const& mesh, Padded const& shape, M&& memory) : ShardedTensor{layout_of<P>(mesh, shape), mesh.rank(), memory} {}
+  ShardedTensor(DeviceMesh<N> const& mesh, Padded const& shape, M&& memory) : ShardedTensor{layout_of<P>(mesh, shape), mesh.rank(), memory} {
+    [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
+  }
   /// Global shape in the type.
   template <int N, class M>
     requires(!std::is_same_v<S, AnyShape>)
-  ShardedTensor(DeviceMesh<N> const& mesh, M&& memory) : ShardedTensor{layout_of<P>(mesh, Extents{std::span{S::sizes}}), mesh.rank(), memory} {}
+  ShardedTensor(DeviceMesh<N> const& mesh, M&& memory) : ShardedTensor{layout_of<P>(mesh, Extents{std::span{S::sizes}}), mesh.rank(), memory} {
+    [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
+  }
 
   /// From a global shape in the type to one at run time. The way back is checked: as_shape.
   template <std::int64_t... Sizes>
@@ -128,7 +135,8 @@ class ShardedTensor : detail::an_element_type<T>, detail::a_placement<P>, detail
       detail::check_local_memory(layout, padded, part_.box, memory.shape(), memory.strides(), false);
       part_.memory = memory.memory();
     } else {
-      part_.memory = TensorView<T>{memory, padded.shape}.memory();
+      [[maybe_unused]] detail::memory_of_type<T, M> check;
+      if constexpr (std::is_constructible_v<std::span<storage_of<T>>, M&>) part_.memory = TensorView<T>{memory, padded.shape}.memory();
     }
   }
 
