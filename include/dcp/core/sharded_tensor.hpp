@@ -93,7 +93,7 @@ class ShardedTensor : detail::an_element_type<T>, detail::a_placement<P>, detail
   /// Global shape in the type.
   template <int N, class M>
     requires(!std::is_same_v<S, AnyShape>)
-  ShardedTensor(DeviceMesh<N> const& mesh, M&& memory) : ShardedTensor{layout_of<P>(mesh, Extents{std::span{S::sizes}}), mesh.rank(), memory} {
+  ShardedTensor(DeviceMesh<N> const& mesh, M&& memory) : ShardedTensor{layout_of<P>(mesh, Extents{std::span<std::int64_t const>{S::sizes}}), mesh.rank(), memory} {
     [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
   }
 
@@ -104,7 +104,7 @@ class ShardedTensor : detail::an_element_type<T>, detail::a_placement<P>, detail
   template <class To>
   Result<ShardedTensor<T, P, typename detail::a_static_shape<To, P>::type>> as_shape() const {
     if constexpr (detail::shape_of_type<To>::is_static) {
-      if (Extents const wanted{std::span{To::sizes}}; !(wanted == shape()))
+      if (Extents const wanted{std::span<std::int64_t const>{To::sizes}}; !(wanted == shape()))
         return Error{ErrorCode::shape_mismatch, "a tensor of shape " + to_string(shape()) + " seen as one of " + to_string(wanted)};
     }
     return ShardedTensor<T, P, typename detail::a_static_shape<To, P>::type>{part_};
