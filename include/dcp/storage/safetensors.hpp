@@ -172,6 +172,7 @@ class SafeTensorsDriver final : public AnyStorage {
       FoundFile found;
       found.path = file;
       found.size = in->size();
+      found.version = in->version();
       Bytes first(static_cast<std::size_t>(std::min<std::uint64_t>(8, found.size)));
       in->read_at(0, first);
       Bytes text(static_cast<std::size_t>(safetensors::header_bytes(first, found.size)));
