@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -190,6 +191,12 @@ Catalog assemble(std::vector<FoundFile> found) {
     CatalogTensor tensor{first.name, first.dtype, Extents::filled(first.shape.rank(), 0), {}};
     bool usable = true;
     std::size_t next = i;
+    auto const before = [&](std::size_t a, std::size_t b) {
+      Box const &x = tensor.pieces[a].box, &y = tensor.pieces[b].box;
+      auto const less = [](Extents const& l, Extents const& r) { return std::lexicographical_compare(l.begin(), l.end(), r.begin(), r.end()); };
+      return less(x.origin, y.origin) || (x.origin == y.origin && less(x.shape, y.shape));
+    };
+    std::set<std::size_t, decltype(before)> distinct{before};   // indexes of tensor.pieces
     for (; next < all.size() && all[next].tensor->name == first.name; ++next) {
       FoundTensor const& piece = *all[next].tensor;
       if (piece.dtype != first.dtype) {
@@ -212,10 +219,12 @@ Catalog assemble(std::vector<FoundFile> found) {
           }
         }
         Box const box{piece.origin, piece.shape};
-        auto const same = std::find_if(tensor.pieces.begin(), tensor.pieces.end(), [&](StoredPiece const& p) { return p.box == box; });
-        // An empty piece holds nothing, so it may stand twice.
-        if (same == tensor.pieces.end()) tensor.pieces.push_back({all[next].file, piece.offset, box});
-        else if (!box.empty()) catalog.duplicates.push_back(first.name + " " + to_string(box) + ": in " + catalog.files[same->file].path + " (used) and in " + where(all[next]));
+        tensor.pieces.push_back({all[next].file, piece.offset, box});
+        if (auto const [same, fresh] = distinct.insert(tensor.pieces.size() - 1); !fresh) {
+          tensor.pieces.pop_back();
+          // An empty piece holds nothing, so it may stand twice.
+          if (!box.empty()) catalog.duplicates.push_back(first.name + " " + to_string(box) + ": in " + catalog.files[tensor.pieces[*same].file].path + " (used) and in " + where(all[next]));
+        }
       }
     }
     if (usable && next - i > 1 && !tensor.pieces.empty()) {
