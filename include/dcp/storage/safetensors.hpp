@@ -77,6 +77,8 @@ template <class = Deferred>
 class SafeTensorsDriver final : public AnyStorage {
  public:
   explicit SafeTensorsDriver(SafeTensorsOptions options) : options_{std::move(options)} {
+    for (auto const& [key, value] : options_.metadata)
+      if (key == safetensors::sharding_info_key) throw Error{ErrorCode::invalid_argument, "the metadata key " + key + " tells readers that a file holds pieces of tensors; FileLayout::sharded sets it"};
     for (auto const& group : options_.groups) groups_.push_back({group.prefix, normal_directory(group.directory), group.names == Prefix::strip});
   }
 
