@@ -64,34 +64,38 @@ bool selected(std::string_view name, std::vector<std::string> const& keys) {
 
 template <class = Deferred>
 OwnedState load_owned(CommRef comm, AnyStorage const& storage, PlaceRef const& place, std::vector<std::string> const& keys, LoadSettings settings) {
-  OpenedCheckpoint const opened = open_checkpoint(comm, storage, *place.medium, place.path, settings.verify);
-  std::map<std::string, OwnedTensor> tensors;
-  std::map<std::string, Value> values;
-  StateDict state;
-  agree(comm, "load: allocate", [&] {
-    auto const add = [&](std::string const& name, CatalogTensor const& stored, std::string const& kept) {
-      auto const at = tensors.find(kept);
-      auto& tensor = tensors.try_emplace(name, at == tensors.end() ? OwnedTensor{stored.dtype, stored.shape} : at->second).first->second;
-      state.add_tensor(name, stored.dtype, plain_layout(stored.shape), {tensor.bytes().data(), row_major_strides(stored.shape)});
-    };
-    for (auto const& stored : opened.catalog.tensors)
-      if (selected(stored.name, keys)) add(stored.name, stored, stored.name);
-    std::map<std::string, std::string> first;   // kept name -> the first of the dropped ones, where the kept one is not asked for
-    for (auto const& tie : opened.catalog.ties) {
-      auto const* stored = opened.catalog.find_tensor(tie.kept);
-      if (stored == nullptr || !selected(tie.dropped, keys) || opened.catalog.find_tensor(tie.dropped) != nullptr) continue;
-      add(tie.dropped, *stored, tensors.contains(tie.kept) ? tie.kept : first.try_emplace(tie.kept, tie.dropped).first->second);
-    }
-    for (auto const& [name, value] : opened.catalog.values)
-      if (selected(name, keys)) values.emplace(name, value);
-    for (auto const& key : keys)
-      if (std::none_of(tensors.begin(), tensors.end(), [&](auto const& t) { return selected(t.first, {key}); }) && std::none_of(values.begin(), values.end(), [&](auto const& v) { return selected(v.first, {key}); }))
-        throw Error{ErrorCode::missing_entry, json_quoted(key) + ": Missing key in checkpoint; no entry has this name or lies below it"};
-  });
   settings.on_unexpected = OnUnexpected::ignore;
   settings.for_prefix.clear();
-  Report report = load_state(comm, storage, place, state, settings);
-  return {std::move(tensors), std::move(values), std::move(report)};
+  return again_if_replaced(comm, *place.medium, place.path, [&](Sighting& seen) {
+    OpenedCheckpoint const opened = open_checkpoint(comm, storage, *place.medium, place.path, settings.verify, seen);
+    std::map<std::string, OwnedTensor> tensors;
+    std::map<std::string, Value> values;
+    StateDict state;
+    agree(comm, "load: allocate", [&] {
+      auto const add = [&](std::string const& name, CatalogTensor const& stored, std::string const& kept) {
+        auto const at = tensors.find(kept);
+        auto& tensor = tensors.try_emplace(name, at == tensors.end() ? OwnedTensor{stored.dtype, stored.shape} : at->second).first->second;
+        state.add_tensor(name, stored.dtype, plain_layout(stored.shape), {tensor.bytes().data(), row_major_strides(stored.shape)});
+      };
+      for (auto const& stored : opened.catalog.tensors)
+        if (selected(stored.name, keys)) add(stored.name, stored, stored.name);
+      std::map<std::string, std::string> first;   // kept name -> the first of the dropped ones, where the kept one is not asked for
+      for (auto const& tie : opened.catalog.ties) {
+        auto const* stored = opened.catalog.find_tensor(tie.kept);
+        if (stored == nullptr || !selected(tie.dropped, keys) || opened.catalog.find_tensor(tie.dropped) != nullptr) continue;
+        add(tie.dropped, *stored, tensors.contains(tie.kept) ? tie.kept : first.try_emplace(tie.kept, tie.dropped).first->second);
+      }
+      for (auto const& [name, value] : opened.catalog.values)
+        if (selected(name, keys)) values.emplace(name, value);
+      for (auto const& key : keys)
+        if (std::none_of(tensors.begin(), tensors.end(), [&](auto const& t) { return selected(t.first, {key}); }) && std::none_of(values.begin(), values.end(), [&](auto const& v) { return selected(v.first, {key}); }))
+          throw Error{ErrorCode::missing_entry, json_quoted(key) + ": Missing key in checkpoint; no entry has this name or lies below it"};
+    });
+    Report report = load_state(comm, storage, place, state, settings);
+    seen.complete = report.id == (opened.record ? opened.record->id : "");
+    if (!seen.complete) throw Error{ErrorCode::io, "the checkpoint was replaced while it was being read"}.with_path(place.path);
+    return OwnedState{std::move(tensors), std::move(values), std::move(report)};
+  });
 }
 
 }  // namespace detail

@@ -178,7 +178,7 @@ struct medium_lacks {
 };
 /// As a base or a local variable: fails to compile, with the sentence of the first piece that `M` lacks.
 template <class M>
-struct a_medium : medium_lacks<M, piece_that_medium_lacks<M>()> {};
+using a_medium = medium_lacks<M, piece_that_medium_lacks<M>()>;
 }  // namespace detail
 
 /// AnyMedium over a Medium, held by value (a medium is a small handle).

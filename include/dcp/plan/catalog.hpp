@@ -9,6 +9,7 @@
 #include <dcp/plan/schema.hpp>
 
 #include <algorithm>
+#include <compare>
 #include <cstdint>
 #include <set>
 #include <string>
@@ -105,6 +106,23 @@ FoundFile decode_found_file(ConstByteSpan bytes) {
 }
 
 namespace detail {
+// Orders pieces, by their indices, so that equal boxes are equal.
+struct ByBox {
+  std::vector<StoredPiece> const* pieces;
+  bool operator()(std::size_t a, std::size_t b) const {
+    Box const &x = (*pieces)[a].box, &y = (*pieces)[b].box;
+    auto const order = std::lexicographical_compare_three_way(x.origin.begin(), x.origin.end(), y.origin.begin(), y.origin.end());
+    return order != 0 ? order < 0 : std::lexicographical_compare(x.shape.begin(), x.shape.end(), y.shape.begin(), y.shape.end());
+  }
+};
+
+inline bool countable(Extents const& shape) {
+  std::uint64_t product = 1;
+  return std::all_of(shape.begin(), shape.end(), [&](std::int64_t size) {
+    return checked_multiply(product, static_cast<std::uint64_t>(std::max<std::int64_t>(1, size)), product) && product <= INT64_MAX;
+  });
+}
+
 // What is left of `box` without `hole`, as disjoint boxes.
 template <class = Deferred>
 void subtract(Box const& box, Box const& hole, std::vector<Box>& out) {
@@ -166,7 +184,8 @@ bool any_overlap(std::vector<StoredPiece> const& pieces, Extents const& shape) {
 ///
 /// Rules     pieces of one tensor agree in dtype and rank, and cover it; of equal pieces the one in the lowest file name counts and
 ///           the others are listed; pieces that overlap otherwise are all kept, to be compared when read
-/// Throws    Error(dtype_mismatch, bad_schema, incomplete, duplicate_entry), all problems of all tensors listed
+/// Throws    Error(index_mismatch) for files that contradict each other, Error(incomplete), Error(overflow): all problems of all tensors
+///           listed, the code that of the first
 template <class = Deferred>
 Catalog assemble(std::vector<FoundFile> found) {
   std::sort(found.begin(), found.end(), [](FoundFile const& a, FoundFile const& b) { return a.path < b.path; });
@@ -190,13 +209,8 @@ Catalog assemble(std::vector<FoundFile> found) {
     FoundTensor const& first = *all[i].tensor;
     CatalogTensor tensor{first.name, first.dtype, Extents::filled(first.shape.rank(), 0), {}};
     bool usable = true;
+    std::set<std::size_t, detail::ByBox> distinct{detail::ByBox{&tensor.pieces}};   // a tensor may have as many pieces as a job has ranks
     std::size_t next = i;
-    auto const before = [&](std::size_t a, std::size_t b) {
-      Box const &x = tensor.pieces[a].box, &y = tensor.pieces[b].box;
-      auto const less = [](Extents const& l, Extents const& r) { return std::lexicographical_compare(l.begin(), l.end(), r.begin(), r.end()); };
-      return less(x.origin, y.origin) || (x.origin == y.origin && less(x.shape, y.shape));
-    };
-    std::set<std::size_t, decltype(before)> distinct{before};   // indexes of tensor.pieces
     for (; next < all.size() && all[next].tensor->name == first.name; ++next) {
       FoundTensor const& piece = *all[next].tensor;
       if (piece.dtype != first.dtype) {
@@ -221,11 +235,15 @@ Catalog assemble(std::vector<FoundFile> found) {
         Box const box{piece.origin, piece.shape};
         tensor.pieces.push_back({all[next].file, piece.offset, box});
         if (auto const [same, fresh] = distinct.insert(tensor.pieces.size() - 1); !fresh) {
-          tensor.pieces.pop_back();
           // An empty piece holds nothing, so it may stand twice.
           if (!box.empty()) catalog.duplicates.push_back(first.name + " " + to_string(box) + ": in " + catalog.files[tensor.pieces[*same].file].path + " (used) and in " + where(all[next]));
+          tensor.pieces.pop_back();
         }
       }
+    }
+    if (usable && !detail::countable(tensor.shape)) {
+      problems.add(ErrorCode::overflow, first.name + ": its pieces reach to " + to_string(tensor.shape) + ", more elements than fit into 63 bits");
+      usable = false;
     }
     if (usable && next - i > 1 && !tensor.pieces.empty()) {
       std::erase_if(tensor.pieces, [&](StoredPiece const& p) { return p.box.empty() && tensor.pieces.size() > 1; });

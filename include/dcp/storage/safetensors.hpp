@@ -467,6 +467,7 @@ struct MediumPlace<LocalFs> {
 /// safetensors over any medium. Place: std::filesystem::path for LocalFs, {medium, prefix} for others.
 template <class M>
 struct BasicSafeTensors {
+  using Medium = M;
   using Place = typename MediumPlace<M>::type;
   using Options = SafeTensorsOptions;
   static std::unique_ptr<AnyStorage> open(Options const& options) { return std::make_unique<detail::SafeTensorsDriver<>>(options); }
