@@ -8,7 +8,9 @@
 
 #include "formats/golden.hpp"
 #include "support/dtypes.hpp"
+#include "support/generate.hpp"
 #include "support/sha256.hpp"
+#include "support/whole_tensor.hpp"
 
 #include <doctest/doctest.h>
 
@@ -49,26 +51,6 @@ std::vector<Case> golden_cases() {
 
 dcp::Extents extents_of(nlohmann::json const& list) { return dcp::Extents{list.get<std::vector<std::int64_t>>()}; }
 
-// The elements of `box` out of a whole tensor, one by one: nothing of the library's own transfers.
-dcp::Bytes cut_out(dcp::ConstByteSpan whole, int bits, dcp::Extents const& shape, dcp::Box const& box) {
-  auto const elements = static_cast<std::size_t>(box.empty() ? 0 : box.shape.elements()), width = static_cast<std::size_t>(bits);
-  dcp::Bytes part((elements * width + 7) / 8);
-  for (std::size_t i = 0; i < elements; ++i) {
-    auto rest = static_cast<std::int64_t>(i);
-    std::int64_t at = 0, stride = 1;
-    for (int d = box.rank(); d-- > 0;) {
-      at += (rest % box.shape[d] + box.origin[d]) * stride;
-      rest /= box.shape[d];
-      stride *= shape[d];
-    }
-    for (std::size_t b = 0; b < width; ++b) {
-      auto const from = static_cast<std::size_t>(at) * width + b, to = i * width + b;
-      if ((whole[from / 8] >> static_cast<int>(from % 8) & std::byte{1}) != std::byte{0}) part[to / 8] |= std::byte{1} << static_cast<int>(to % 8);
-    }
-  }
-  return part;
-}
-
 // Placements and mesh as torch prints them.
 dcp::Layout layout_from_torch(dcp::Extents const& shape, nlohmann::json const& placements, nlohmann::json mesh, std::int64_t world) {
   dcp::Layout layout;
@@ -101,17 +83,7 @@ void check_placement(Case const& one, dcp::OwnedState const& whole, int ranks) {
   for (auto const& [name, tensor] : whole.tensors()) {
     if (tensor.shape().rank() < Placement::needed_rank) continue;
     names.insert(name);
-    for (int r = 0; r < ranks; ++r) {
-      struct Rank {
-        int rank_, size_;
-        int rank() const { return rank_; }
-        int size() const { return size_; }
-      } const rank{r, ranks};
-      auto const box = dcp::local_box<Placement>(dcp::DeviceMesh<1>{rank, {ranks}}, tensor.shape());
-      std::int64_t row = dcp::bits_of(tensor.dtype());
-      for (int d = tensor.shape().rank(); d-- > 0; row *= tensor.shape()[d])
-        if (!box.empty() && (box.origin[d] * row % 8 != 0 || (box.origin[d] + box.shape[d]) * row % 8 != 0) && box.shape[d] != tensor.shape()[d]) cut_inside_a_byte.insert(name);
-    }
+    if (!dcp::test::cuts_whole_bytes(dcp::layout_of<Placement>(dcp::DeviceMesh<1>{dcp::test::Ranks{0, ranks}, {ranks}}, tensor.shape()), tensor.dtype())) cut_inside_a_byte.insert(name);
   }
   auto const load = [&](std::set<std::string> const& wanted) {
     std::mutex mutex;
@@ -122,7 +94,7 @@ void check_placement(Case const& one, dcp::OwnedState const& whole, int ranks) {
       for (auto const& name : wanted) {
         auto const& tensor = whole.tensors().at(name);
         auto const box = dcp::local_box<Placement>(mesh, tensor.shape());
-        auto& part = parts[name] = {box, dcp::Bytes((box.size() * static_cast<std::size_t>(dcp::bits_of(tensor.dtype())) + 7) / 8, std::byte{0xEE})};
+        auto& part = parts[name] = {box, dcp::Bytes(dcp::test::packed_bytes(tensor.dtype(), box.size()), std::byte{0xEE})};
         dcp::test::with_type(tensor.dtype(), [&]<class T>() {
           using Element = dcp::storage_of<T>;
           std::span<Element> const memory{reinterpret_cast<Element*>(part.memory.data()), part.memory.size() / sizeof(Element)};
@@ -136,7 +108,7 @@ void check_placement(Case const& one, dcp::OwnedState const& whole, int ranks) {
       for (auto const& [name, part] : parts) {
         CAPTURE(name);
         auto const& tensor = whole.tensors().at(name);
-        CHECK(part.memory == cut_out(tensor.bytes(), dcp::bits_of(tensor.dtype()), tensor.shape(), part.box));
+        CHECK(part.memory == dcp::test::cut_out(tensor.bytes(), tensor.dtype(), tensor.shape(), part.box));
       }
     });
   };
