@@ -35,7 +35,7 @@ set(arrows_roof ${folders})   # dcp.hpp itself
 
 # What comes from outside: a pattern of the included name, and the headers that may include it.
 set(confined
-    "^mpi\\.h$"                        "comm/mpi.hpp"
+    "^mpi\\.h$"                        "comm/mpi.hpp comm/mpi_gossip.hpp"
     "^nccl\\.h$"                       "comm/nccl.hpp"
     "^(cuda|cublas|cufile)[a-z_]*\\.h$" "device/cuda.hpp comm/nccl.hpp"
     "^(cuda|cub|thrust)/"              "device/cuda.hpp"

@@ -3,7 +3,7 @@
 # by another one, and target dcp::<component>. To add one: a name in the list, and its rows.
 set(dcp_components mpi eigen)
 
-set(dcp_mpi_headers comm/mpi.hpp)
+set(dcp_mpi_headers comm/mpi.hpp comm/mpi_gossip.hpp)
 set(dcp_mpi_package MPI)
 set(dcp_mpi_arguments COMPONENTS CXX)
 set(dcp_mpi_target MPI::MPI_CXX)

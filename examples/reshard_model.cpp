@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // test: {source}/tests/golden/hf/transformers_index/ckpt {tmp}
+// test: {model} {tmp}
 //
 // A published Hugging Face model, cut over ranks, written again, and compared.
 //
@@ -45,7 +46,7 @@ class Shards {
   dcp::StateDict state_;
 };
 
-/// What lies beside the weights and belongs to the model: its configuration, its tokenizer, its card.
+/// What lies beside the weights and belongs to the model: its configuration, its tokenizer, its card. (Not what lies in subfolders.)
 std::vector<std::filesystem::path> companions(std::filesystem::path const& model) {
   std::vector<std::filesystem::path> files;
   for (auto const& entry : std::filesystem::directory_iterator{model}) {
@@ -73,7 +74,8 @@ std::size_t compare(dcp::OwnedState const& want, dcp::OwnedState const& got) {
   std::size_t bytes = 0;
   for (auto const& [name, tensor] : want.tensors()) {
     auto const& other = got.tensors().at(name);
-    if (tensor.dtype() != other.dtype() || !(tensor.shape() == other.shape()) || !std::ranges::equal(tensor.bytes(), other.bytes())) throw std::runtime_error(name + " differs");
+    if (tensor.dtype() != other.dtype() || !(tensor.shape() == other.shape()) || !std::ranges::equal(tensor.bytes(), other.bytes()))
+      throw std::runtime_error(name + " differs");
     bytes += tensor.bytes().size();
   }
   return bytes;
@@ -93,7 +95,9 @@ int main(int argc, char** argv) try {
 
   auto const bytes = compare(model, dcp::load_from_keys<dcp::SafeTensors>(self, out / "4-ranks"));
   compare(model, dcp::load_from_keys<dcp::SafeTensors>(self, out / "3-ranks"));
-  std::cout << model.tensors().size() << " tensors, " << bytes << " bytes: the same after 4 ranks by rows and 3 ranks by columns, and " << extra_files.size() << " other files came along\n";
+  std::cout << model.tensors().size() << " tensors, " << bytes
+            << " bytes: the same after 4 ranks by rows and 3 ranks by columns, and "
+            << extra_files.size() << " other files came along\n";
 } catch (std::exception const& error) {
   std::cerr << error.what() << '\n';
   return 1;

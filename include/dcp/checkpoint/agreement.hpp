@@ -3,6 +3,7 @@
 // The opening agreement: ranks make sure that they mean the same state before anything is touched. One small gather of digests;
 // only distinct sets of names travel, each once.
 
+#include <dcp/base/config.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/comm/agree.hpp>
 #include <dcp/plan/schema.hpp>
@@ -25,14 +26,16 @@ struct AgreedState {
   std::vector<StateEntry const*> local_values;
 };
 
-inline std::map<std::string_view, StateEntry const*> entries_by_name(StateDict const& state) {
+template <class = Deferred>
+std::map<std::string_view, StateEntry const*> entries_by_name(StateDict const& state) {
   std::map<std::string_view, StateEntry const*> entries;
   for (auto const& entry : state.entries()) entries.emplace(entry.name, &entry);
   return entries;
 }
 
 /// Ties that any rank found in its memory or declared, once no rank that holds elements speaks against them. Collective.
-inline std::vector<Tie> agree_ties(CommRef comm, std::string_view phase, StateDict const& state, std::vector<Tie> mine) {
+template <class = Deferred>
+std::vector<Tie> agree_ties(CommRef comm, std::string_view phase, StateDict const& state, std::vector<Tie> mine) {
   std::sort(mine.begin(), mine.end());
   ByteWriter message;
   for (auto const& tie : mine) message.text(tie.dropped).text(tie.kept);
@@ -64,7 +67,8 @@ inline std::vector<Tie> agree_ties(CommRef comm, std::string_view phase, StateDi
 }
 
 /// Values that differ between ranks with the same names: finds them, once digests have shown that there are some. Collective.
-[[noreturn]] inline void raise_differing_values(CommRef comm, Schema const& mine, std::vector<std::uint64_t> const& kinds) {
+template <class = Deferred>
+[[noreturn]] void raise_differing_values(CommRef comm, Schema const& mine, std::vector<std::uint64_t> const& kinds) {
   ByteWriter message;
   for (auto const& entry : mine.entries)
     if (!entry.is_tensor && !entry.per_rank) message.text(entry.name).number(entry.value_crc);
@@ -90,7 +94,8 @@ inline std::vector<Tie> agree_ties(CommRef comm, std::string_view phase, StateDi
 /// ranks (options, layouts, values), of tensors that a rank of their mesh does not list.
 ///
 /// `saving`: whether values are compared and partial tensors refused
-inline AgreedState agree_state(CommRef comm, std::string_view phase, StateDict const& state, std::string_view options, bool saving) {
+template <class = Deferred>
+AgreedState agree_state(CommRef comm, std::string_view phase, StateDict const& state, std::string_view options, bool saving) {
   struct Local {
     Schema schema;
     std::vector<Tie> ties;

@@ -2,6 +2,7 @@
 #pragma once
 // The chunk checksums of files that several ranks write or read parts of: what each contributes, and how contributions add up.
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/checksum.hpp>
 #include <dcp/formats/commit_record.hpp>
 
@@ -43,6 +44,7 @@ struct FileSums {
 };
 
 /// The sums of all files that this rank wrote something of. Thread-safe.
+template <class = Deferred>
 class WrittenSums {
  public:
   void add(std::string const& path, std::uint64_t file_size, std::uint64_t position, ConstByteSpan bytes) {
@@ -67,16 +69,18 @@ class WrittenSums {
   std::map<std::string, FileSums> files_;
 };
 
-inline Bytes encode(std::map<std::string, FileSums> const& files) {
+template <class = Deferred>
+Bytes encode(std::map<std::string, FileSums> const& files) {
   ByteWriter out;
   out.number<std::uint64_t>(files.size());
   for (auto const& [path, file] : files) {
-    out.text(path).number(file.size).number<std::uint64_t>(file.chunks.size());
+    out.text(path).number(file.size).number(std::uint64_t{file.chunks.size()});
     for (auto const& [chunk, sum] : file.chunks) out.number(chunk).number(sum.raw).number(sum.bytes);
   }
   return out.take();
 }
-inline std::map<std::string, FileSums> decode_sums(ConstByteSpan bytes) {
+template <class = Deferred>
+std::map<std::string, FileSums> decode_sums(ConstByteSpan bytes) {
   ByteReader in{bytes};
   std::map<std::string, FileSums> files;
   for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
@@ -91,7 +95,8 @@ inline std::map<std::string, FileSums> decode_sums(ConstByteSpan bytes) {
   return files;
 }
 /// The sums of two groups of ranks as one. Throws Error(ranks_disagree) if they planned different sizes for a file.
-inline Bytes merge_sums(Bytes a, Bytes b) {
+template <class = Deferred>
+Bytes merge_sums(Bytes a, Bytes b) {
   auto files = decode_sums(a);
   for (auto& [path, file] : decode_sums(b)) {
     auto const [at, fresh] = files.try_emplace(path, FileSums{file.size, {}});
@@ -108,7 +113,8 @@ struct FileChecksums {
 };
 
 /// Throws    Error(incomplete), naming file and range, if a byte was not written exactly once
-inline FileChecksums finish_sums(std::string const& path, FileSums const& sums) {
+template <class = Deferred>
+FileChecksums finish_sums(std::string const& path, FileSums const& sums) {
   FileChecksums result;
   auto next = sums.chunks.begin();
   for (std::uint64_t chunk = 0; chunk * chunk_bytes < sums.size; ++chunk) {

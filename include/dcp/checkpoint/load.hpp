@@ -12,6 +12,7 @@
 // Up to the end of 3 nothing is touched. After an error in 4 or 5 the tensors of the state are unspecified on all ranks, and no
 // after_load() has run; the same state can then be loaded from another checkpoint.
 
+#include <dcp/base/config.hpp>
 #include <dcp/checkpoint/agreement.hpp>
 #include <dcp/checkpoint/open.hpp>
 #include <dcp/checkpoint/options.hpp>
@@ -30,7 +31,8 @@
 namespace dcp {
 namespace detail {
 
-inline EntryPolicy policy_of(LoadSettings const& settings, std::string_view name) {
+template <class = Deferred>
+EntryPolicy policy_of(LoadSettings const& settings, std::string_view name) {
   PrefixPolicy policy{"", settings.on_missing, settings.on_unexpected, settings.on_shape, settings.on_dtype};
   for (auto const& candidate : settings.for_prefix) {
     bool const matches = candidate.prefix.empty() || (name.starts_with(candidate.prefix) && (name.size() == candidate.prefix.size() || name[candidate.prefix.size()] == '.'));
@@ -39,7 +41,8 @@ inline EntryPolicy policy_of(LoadSettings const& settings, std::string_view name
   return {policy.on_missing != OnMissing::error, policy.on_missing == OnMissing::zero, policy.on_unexpected == OnUnexpected::ignore, policy.on_shape == OnShape::keep, policy.on_dtype == OnDType::cast};
 }
 
-inline std::string options_text(LoadSettings const& settings) {
+template <class = Deferred>
+std::string options_text(LoadSettings const& settings) {
   auto const policy = [](PrefixPolicy const& p) {
     constexpr std::array missing{"error", "keep", "zero"};
     constexpr std::array unexpected{"error", "ignore"}, shape{"error", "keep"}, dtype{"error", "cast"};
@@ -58,7 +61,8 @@ struct ReadPlan {
 };
 
 /// The transfers that fill `held` of a tensor from its stored pieces. Where pieces overlap, the first fills and the others are compared.
-inline void plan_reads(CatalogTensor const& stored, DType memory_dtype, Box const& held, MemoryView const& memory, bool counts, ReadPlan& plan) {
+template <class = Deferred>
+void plan_reads(CatalogTensor const& stored, DType memory_dtype, Box const& held, MemoryView const& memory, bool counts, ReadPlan& plan) {
   auto const add = [&](StoredPiece const& piece, Box const& part, bool compare) {
     if (!on_byte_boundaries(stored.dtype, part, piece.box))
       throw Error{ErrorCode::misaligned, stored.name + ": the part " + to_string(part) + " of " + std::string{to_string(stored.dtype)} + " elements does not begin and end on a byte"};
@@ -91,18 +95,21 @@ inline void plan_reads(CatalogTensor const& stored, DType memory_dtype, Box cons
   }
 }
 
-inline void fill_with_zeros(TensorEntry const& tensor, Box const& held) {
+template <class = Deferred>
+void fill_with_zeros(TensorEntry const& tensor, Box const& held) {
   Transfer const transfer = make_transfer(tensor.dtype, tensor.dtype, held, held, tensor.memory, held, 0);
   transfer.for_each_run(0, transfer.end, [](std::uint64_t, std::byte* memory, std::size_t bytes) { std::memset(memory, 0, bytes); });
 }
 
 /// This rank's box of a tensor, by its own entry: plain tensors are whole on every rank that lists them.
-inline Box held_box(TensorEntry const& tensor, std::int64_t rank) {
+template <class = Deferred>
+Box held_box(TensorEntry const& tensor, std::int64_t rank) {
   if (tensor.layout.everywhere) return Box::whole(tensor.layout.shape);
   return box_of_rank(tensor.layout, rank).value_or(nothing_of(tensor.layout.shape));
 }
 
-inline Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place, StateDict const& state, LoadSettings const& settings) {
+template <class = Deferred>
+Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place, StateDict const& state, LoadSettings const& settings) {
   Stopwatch watch;
   Report report;
   report.operation = "load";
@@ -113,10 +120,9 @@ inline Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const
   agree(comm, "load: agree", [&] { check_resources(settings.memory_bytes, settings.threads); });
   AgreedState const agreed = agree_state(comm, "load: agree", state, report.options, false);
 
-  constexpr int most_replacements = 8;   // of the place while it is being opened, before this is somebody's mistake
-  for (int attempt = 0;; ++attempt) {
+  return again_if_replaced(comm, medium, place.path, [&](Sighting& seen) {
     watch.enter("open");
-    OpenedCheckpoint opened = open_checkpoint(comm, storage, medium, place.path, settings.verify);
+    OpenedCheckpoint opened = open_checkpoint(comm, storage, medium, place.path, settings.verify, seen);
     Catalog const& catalog = opened.catalog;
 
     watch.enter("plan");
@@ -153,7 +159,7 @@ inline Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const
         for (auto const& piece : wanted.stored->pieces)
           loaded[piece.file].push_back({piece.offset, piece.offset + bytes_of(wanted.stored->dtype, static_cast<std::int64_t>(piece.box.size()))});
     for (auto& ranges : loaded) std::sort(ranges.begin(), ranges.end(), [](FileRange const& a, FileRange const& b) { return a.begin < b.begin; });
-    Reader reader{comm, medium, opened, std::move(plan.reads.transfers), std::move(plan.reads.purposes), std::move(loaded), settings, watch};
+    Reader<> reader{comm, medium, opened, std::move(plan.reads.transfers), std::move(plan.reads.purposes), std::move(loaded), settings, watch};
     // Files are opened first and the record is looked at after that: if it is still the same, so is what was opened.
     bool const same = agree(comm, "load: open", [&] {
       try {
@@ -165,10 +171,7 @@ inline Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const
       auto const now = read_record(medium, locate_checkpoint(medium, place.path).directory);
       return now && now->id == opened.record->id;
     });
-    if (all_reduce_min(comm, same ? 1 : 0) == 0) {
-      if (attempt < most_replacements) continue;
-      throw Error{ErrorCode::io, "the checkpoint is replaced again and again while it is being opened"}.with_path(place.path);
-    }
+    if (all_reduce_min(comm, same ? 1 : 0) == 0) throw Error{ErrorCode::io, "the checkpoint was replaced while it was being opened"}.with_path(place.path);
     agree(comm, "load: read", [&] {
       for (std::size_t t = 0; t < agreed.tensors.size(); ++t)
         if (plan.comparison.tensors[t].how == WantedTensor::How::zero && agreed.local_tensors[t] != nullptr)
@@ -181,6 +184,7 @@ inline Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const
     });
     watch.enter("verify");
     reader.verify_together();
+    seen.complete = true;
 
     watch.enter("finish");
     agree(comm, "load: values", [&] {
@@ -227,7 +231,7 @@ inline Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const
     report.verification_bytes = all_reduce_sum(comm, reader.verification_bytes + opened.verification_bytes);
     watch.collect(comm, report);
     return report;
-  }
+  });
 }
 
 }  // namespace detail

@@ -2,6 +2,7 @@
 #pragma once
 // What saving and loading can be told. Aggregates for designated initialisers; everything has a default.
 
+#include <dcp/base/config.hpp>
 #include <dcp/storage/storage.hpp>
 
 #include <chrono>
@@ -93,7 +94,8 @@ template <class S>
 LoadSettings settings_of(LoadOptions<S> const& o) {
   return {o.on_missing, o.on_unexpected, o.on_shape, o.on_dtype, o.for_prefix, o.verify, o.memory_bytes, o.threads, o.progress, {}};
 }
-inline void check_resources(std::uint64_t memory_bytes, int threads) {
+template <class = Deferred>
+void check_resources(std::uint64_t memory_bytes, int threads) {
   if (memory_bytes < least_memory_bytes)
     throw Error{ErrorCode::budget, "a memory budget of " + std::to_string(memory_bytes) + " bytes; at least " + std::to_string(least_memory_bytes) + " are needed"};
   if (threads < 1 || threads > 1024) throw Error{ErrorCode::invalid_argument, std::to_string(threads) + " threads"};

@@ -2,6 +2,7 @@
 #pragma once
 // load_from_keys: reads a checkpoint without a state to fill, and owns what it read.
 
+#include <dcp/base/config.hpp>
 #include <dcp/checkpoint/load.hpp>
 
 #include <cstdint>
@@ -38,54 +39,57 @@ class OwnedTensor {
 /// What load_from_keys read: names to tensors, and names to values, each in name order.
 class OwnedState {
  public:
+  OwnedState() = default;
+  OwnedState(std::map<std::string, OwnedTensor> tensors, std::map<std::string, Value> values, Report report)
+      : tensors_{std::move(tensors)}, values_{std::move(values)}, report_{std::move(report)} {}
+
   std::map<std::string, OwnedTensor> const& tensors() const { return tensors_; }
   std::map<std::string, Value> const& values() const { return values_; }
   std::map<std::string, OwnedTensor>& tensors() { return tensors_; }
   Report const& report() const { return report_; }
 
  private:
-  friend OwnedState owned_state_of(std::map<std::string, OwnedTensor>, std::map<std::string, Value>, Report);
   std::map<std::string, OwnedTensor> tensors_;
   std::map<std::string, Value> values_;
   Report report_;
 };
-inline OwnedState owned_state_of(std::map<std::string, OwnedTensor> tensors, std::map<std::string, Value> values, Report report) {
-  OwnedState state;
-  state.tensors_ = std::move(tensors), state.values_ = std::move(values), state.report_ = std::move(report);
-  return state;
-}
-
 namespace detail {
 
 /// Whether `name` is one of `keys`, or lies below one: whole components between dots. No keys: everything.
-inline bool selected(std::string_view name, std::vector<std::string> const& keys) {
+template <class = Deferred>
+bool selected(std::string_view name, std::vector<std::string> const& keys) {
   return keys.empty() || std::any_of(keys.begin(), keys.end(), [&](std::string const& key) { return name.starts_with(key) && (name.size() == key.size() || name[key.size()] == '.'); });
 }
 
-inline OwnedState load_owned(CommRef comm, AnyStorage const& storage, PlaceRef const& place, std::vector<std::string> const& keys, LoadSettings settings) {
-  OpenedCheckpoint const opened = open_checkpoint(comm, storage, *place.medium, place.path, settings.verify);
-  std::map<std::string, OwnedTensor> tensors;
-  std::map<std::string, Value> values;
-  StateDict state;
-  agree(comm, "load: allocate", [&] {
-    auto const add = [&](std::string const& name, CatalogTensor const& stored) {
-      auto& tensor = tensors.try_emplace(name, stored.dtype, stored.shape).first->second;
-      state.add_tensor(name, stored.dtype, plain_layout(stored.shape), {tensor.bytes().data(), row_major_strides(stored.shape)});
-    };
-    for (auto const& stored : opened.catalog.tensors)
-      if (selected(stored.name, keys)) add(stored.name, stored);
-    for (auto const& tie : opened.catalog.ties)
-      if (auto const* stored = opened.catalog.find_tensor(tie.kept); stored != nullptr && selected(tie.dropped, keys) && opened.catalog.find_tensor(tie.dropped) == nullptr) add(tie.dropped, *stored);
-    for (auto const& [name, value] : opened.catalog.values)
-      if (selected(name, keys)) values.emplace(name, value);
-    for (auto const& key : keys)
-      if (std::none_of(tensors.begin(), tensors.end(), [&](auto const& t) { return selected(t.first, {key}); }) && std::none_of(values.begin(), values.end(), [&](auto const& v) { return selected(v.first, {key}); }))
-        throw Error{ErrorCode::missing_entry, json_quoted(key) + ": Missing key in checkpoint; no entry has this name or lies below it"};
-  });
+template <class = Deferred>
+OwnedState load_owned(CommRef comm, AnyStorage const& storage, PlaceRef const& place, std::vector<std::string> const& keys, LoadSettings settings) {
   settings.on_unexpected = OnUnexpected::ignore;
   settings.for_prefix.clear();
-  Report report = load_state(comm, storage, place, state, settings);
-  return owned_state_of(std::move(tensors), std::move(values), std::move(report));
+  return again_if_replaced(comm, *place.medium, place.path, [&](Sighting& seen) {
+    OpenedCheckpoint const opened = open_checkpoint(comm, storage, *place.medium, place.path, settings.verify, seen);
+    std::map<std::string, OwnedTensor> tensors;
+    std::map<std::string, Value> values;
+    StateDict state;
+    agree(comm, "load: allocate", [&] {
+      auto const add = [&](std::string const& name, CatalogTensor const& stored) {
+        auto& tensor = tensors.try_emplace(name, stored.dtype, stored.shape).first->second;
+        state.add_tensor(name, stored.dtype, plain_layout(stored.shape), {tensor.bytes().data(), row_major_strides(stored.shape)});
+      };
+      for (auto const& stored : opened.catalog.tensors)
+        if (selected(stored.name, keys)) add(stored.name, stored);
+      for (auto const& tie : opened.catalog.ties)
+        if (auto const* stored = opened.catalog.find_tensor(tie.kept); stored != nullptr && selected(tie.dropped, keys) && opened.catalog.find_tensor(tie.dropped) == nullptr) add(tie.dropped, *stored);
+      for (auto const& [name, value] : opened.catalog.values)
+        if (selected(name, keys)) values.emplace(name, value);
+      for (auto const& key : keys)
+        if (std::none_of(tensors.begin(), tensors.end(), [&](auto const& t) { return selected(t.first, {key}); }) && std::none_of(values.begin(), values.end(), [&](auto const& v) { return selected(v.first, {key}); }))
+          throw Error{ErrorCode::missing_entry, json_quoted(key) + ": Missing key in checkpoint; no entry has this name or lies below it"};
+    });
+    Report report = load_state(comm, storage, place, state, settings);
+    seen.complete = report.id == (opened.record ? opened.record->id : "");
+    if (!seen.complete) throw Error{ErrorCode::io, "the checkpoint was replaced while it was being read"}.with_path(place.path);
+    return OwnedState{std::move(tensors), std::move(values), std::move(report)};
+  });
 }
 
 }  // namespace detail

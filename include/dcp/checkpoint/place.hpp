@@ -8,6 +8,7 @@
 //   2. if the place is missing, the newest committed sibling is the checkpoint: a crash came between "old aside" and "new in";
 //   3. an open sibling whose lease nobody holds is the wreck of a killed save, and the next save removes it.
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/text.hpp>
 #include <dcp/formats/commit_record.hpp>
 #include <dcp/media/medium.hpp>
@@ -26,19 +27,22 @@ namespace dcp::detail {
 
 inline constexpr std::string_view attempt_infix = ".dcp-";
 
-inline std::pair<std::string, std::string> split_path(std::string const& path) {
+template <class = Deferred>
+std::pair<std::string, std::string> split_path(std::string const& path) {
   auto const slash = path.rfind('/');
   if (slash == std::string::npos) return {".", path};
   return {slash == 0 ? "/" : path.substr(0, slash), path.substr(slash + 1)};
 }
 
-inline std::string random_id() {
+template <class = Deferred>
+std::string random_id() {
   std::random_device device;
   return hex16((static_cast<std::uint64_t>(device()) << 32) ^ device());
 }
 
 /// The record of the checkpoint or attempt in `directory`; nothing if it has none. Throws what is wrong with one that is there.
-inline std::optional<CommitRecord> read_record(AnyMedium& medium, std::string const& directory, bool with_values = false) {
+template <class = Deferred>
+std::optional<CommitRecord> read_record(AnyMedium& medium, std::string const& directory, bool with_values = false) {
   std::string const path = directory + '/' + std::string{record_name};
   try {
     Bytes const bytes = read_file(medium, path, most_record_bytes);
@@ -61,11 +65,13 @@ inline std::optional<CommitRecord> read_record(AnyMedium& medium, std::string co
 struct Sibling {
   std::string path;
   std::string id;
-  std::optional<CommitRecord> record;   // nothing if it cannot be read
+  std::optional<CommitRecord> record;   // nothing if there is none, or none that can be read
+  std::optional<Error> failure;         // why one that is there cannot be read
 };
 
 /// Attempts beside a place, newest sequence first.
-inline std::vector<Sibling> siblings_of(AnyMedium& medium, std::string const& place) {
+template <class = Deferred>
+std::vector<Sibling> siblings_of(AnyMedium& medium, std::string const& place) {
   auto const [parent, name] = split_path(place);
   std::vector<Sibling> siblings;
   if (medium.kind(parent) != EntryKind::directory) return siblings;
@@ -73,18 +79,19 @@ inline std::vector<Sibling> siblings_of(AnyMedium& medium, std::string const& pl
   for (auto const& entry : medium.list(parent)) {
     std::uint64_t id = 0;
     if (entry.kind != EntryKind::directory || !entry.name.starts_with(prefix) || !parse_hex16(std::string_view{entry.name}.substr(prefix.size()), id)) continue;
-    Sibling sibling{(parent == "/" ? "" : parent) + '/' + entry.name, entry.name.substr(prefix.size()), std::nullopt};
+    Sibling sibling{(parent == "/" ? "" : parent) + '/' + entry.name, entry.name.substr(prefix.size()), std::nullopt, std::nullopt};
     try {
       sibling.record = read_record(medium, sibling.path);
-    } catch (Error const&) {
-      // A record that cannot be read is no record.
+    } catch (Error const& error) {
+      sibling.failure = error;
     }
     siblings.push_back(std::move(sibling));
   }
   std::stable_sort(siblings.begin(), siblings.end(), [](Sibling const& a, Sibling const& b) { return (a.record ? a.record->sequence : 0) > (b.record ? b.record->sequence : 0); });
   return siblings;
 }
-inline Sibling const* newest_committed(std::vector<Sibling> const& siblings) {
+template <class = Deferred>
+Sibling const* newest_committed(std::vector<Sibling> const& siblings) {
   for (auto const& sibling : siblings)
     if (sibling.record && sibling.record->committed) return &sibling;
   return nullptr;
@@ -95,7 +102,8 @@ struct Occupant {
   enum class Kind { nothing, checkpoint, foreign } kind = Kind::nothing;
   std::optional<CommitRecord> record;   // of a checkpoint
 };
-inline Occupant look_at(AnyMedium& medium, std::string const& place) {
+template <class = Deferred>
+Occupant look_at(AnyMedium& medium, std::string const& place) {
   switch (medium.kind(place)) {
     case EntryKind::missing: return {};
     case EntryKind::directory: break;
@@ -113,7 +121,8 @@ inline Occupant look_at(AnyMedium& medium, std::string const& place) {
 }
 
 /// Files below a directory, as paths relative to it.
-inline void list_files(AnyMedium& medium, std::string const& directory, std::string const& below, std::vector<std::string>& out) {
+template <class = Deferred>
+void list_files(AnyMedium& medium, std::string const& directory, std::string const& below, std::vector<std::string>& out) {
   for (auto const& entry : medium.list(below.empty() ? directory : directory + '/' + below)) {
     std::string const path = below.empty() ? entry.name : below + '/' + entry.name;
     if (entry.kind == EntryKind::directory) list_files(medium, directory, path, out);
@@ -123,6 +132,7 @@ inline void list_files(AnyMedium& medium, std::string const& directory, std::str
 
 /// An attempt from its creation to its publication, on the rank that does these things. What it leaves behind when it dies is what
 /// the comment above says.
+template <class = Deferred>
 class Attempt {
  public:
   /// Looks, cleans, refuses, creates. Throws Error(already_exists) as `replace` says, Error(io), Error(unsupported).
@@ -158,13 +168,18 @@ class Attempt {
     record_.sequence = sequence + 1;
     record_.committed = false;
     path_ = place_ + std::string{attempt_infix} + record_.id;
-    if (!medium.create_directory(path_)) throw Error{ErrorCode::io, "an attempt of this name is there already"}.with_path(path_);
-    created_ = true;
-    lease_ = medium.acquire_lease(path_ + '/' + std::string{lease_name});
-    if (!lease_) throw Error{ErrorCode::io, "somebody else holds the lease of a directory that has just been made"}.with_path(path_);
-    Bytes none;
-    write_file_durably(medium, path_, std::string{record_name}, write_record(record_, none));
-    medium.sync_directory(parent_);
+    try {
+      if (!medium.create_directory(path_)) throw Error{ErrorCode::io, "an attempt of this name is there already"}.with_path(path_);
+      created_ = true;
+      lease_ = medium.acquire_lease(path_ + '/' + std::string{lease_name});
+      if (!lease_) throw Error{ErrorCode::io, "somebody else holds the lease of a directory that has just been made"}.with_path(path_);
+      Bytes none;
+      write_file_durably(medium, path_, std::string{record_name}, write_record(record_, none));
+      medium.sync_directory(parent_);
+    } catch (...) {
+      abandon();
+      throw;
+    }
   }
 
   std::string const& path() const { return path_; }
@@ -206,7 +221,16 @@ class Attempt {
       old_path_ = place_ + std::string{attempt_infix} + (old_->id.size() == 16 ? old_->id : random_id());
       if (!medium_.publish_new(place_, old_path_)) throw Error{ErrorCode::io, "cannot move the old checkpoint aside"}.with_path(old_path_);
       medium_.sync_directory(parent_);
-      if (!medium_.publish_new(path_, place_)) throw Error{ErrorCode::io, "cannot move the new checkpoint in"}.with_path(place_);
+      try {
+        if (!medium_.publish_new(path_, place_)) throw Error{ErrorCode::io, "cannot move the new checkpoint in"}.with_path(place_);
+      } catch (...) {
+        // The old one back, if that works. If not, nothing is lost: the new one, beside the place, is committed.
+        try {
+          if (medium_.publish_new(old_path_, place_)) medium_.sync_directory(parent_);
+        } catch (Error const&) {
+        }
+        throw;
+      }
     }
     published_ = true;
     medium_.sync_directory(parent_);
@@ -225,6 +249,10 @@ class Attempt {
   void abandon() noexcept {
     try {
       if (created_ && !committed_) {
+        // The record first: it may say "committed" already (a sync after that failed), and then what a crash leaves of the rest
+        // must not be taken for a checkpoint.
+        medium_.remove_file(path_ + '/' + std::string{record_name});
+        medium_.sync_directory(path_);
         medium_.remove_tree(path_);
         medium_.sync_directory(parent_);
       }
@@ -258,7 +286,8 @@ class Attempt {
   void clean(std::vector<Sibling> const& siblings, Occupant const& occupant) {
     for (auto const& sibling : siblings) {
       bool const committed = sibling.record && sibling.record->committed;
-      if (committed && occupant.kind != Occupant::Kind::checkpoint) continue;   // it is the checkpoint
+      // It is the checkpoint, or may be: one that cannot be read today is not thrown away for that.
+      if ((committed || sibling.failure) && occupant.kind != Occupant::Kind::checkpoint) continue;
       try {
         auto const lease = medium_.acquire_lease(sibling.path + '/' + std::string{lease_name});
         if (lease) medium_.remove_tree(sibling.path);

@@ -7,6 +7,7 @@
 // chunk is known: the header, and tensors that are not loaded; that rank reads it. Runs that replicas read too are compared with
 // theirs (different nodes may read different copies) and counted once.
 
+#include <dcp/base/config.hpp>
 #include <dcp/checkpoint/checksums.hpp>
 #include <dcp/checkpoint/open.hpp>
 #include <dcp/checkpoint/options.hpp>
@@ -46,6 +47,7 @@ struct Contribution {
   bool verified;                            // this rank had all of the chunk and has compared it; others need the sum nevertheless
 };
 
+template <class = Deferred>
 class Reader {
  public:
   static constexpr std::uint64_t gap_bytes = 32 << 10;   // a hole that is cheaper to read than to skip

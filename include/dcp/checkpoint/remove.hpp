@@ -2,6 +2,7 @@
 #pragma once
 // remove: deletes a checkpoint and everything beside it that could take its place again.
 
+#include <dcp/base/config.hpp>
 #include <dcp/checkpoint/place.hpp>
 #include <dcp/checkpoint/save.hpp>
 #include <dcp/comm/agree.hpp>
@@ -11,7 +12,8 @@
 namespace dcp {
 namespace detail {
 
-inline void remove_checkpoint(CommRef comm, PlaceRef const& target) {
+template <class = Deferred>
+void remove_checkpoint(CommRef comm, PlaceRef const& target) {
   AnyMedium& medium = *target.medium;
   agree(comm, "remove", [&] {
     if (comm.rank() != 0) return;

@@ -2,6 +2,7 @@
 #pragma once
 // reshard: one live state into another of the same job, in memory: the same names, other placements or meshes.
 
+#include <dcp/base/config.hpp>
 #include <dcp/checkpoint/load.hpp>
 
 #include <algorithm>
@@ -31,13 +32,15 @@ struct OutgoingPart {
 };
 
 /// The rank that sends a cell of `from` to rank `to`: itself if it holds the cell, else one of the replicas, by turns.
-inline std::int64_t sender_of(Layout const& from, MeshGeometry::Coordinate const& cell, std::int64_t to) {
+template <class = Deferred>
+std::int64_t sender_of(Layout const& from, MeshGeometry::Coordinate const& cell, std::int64_t to) {
   auto const there = from.mesh.coordinate_of(to);
   if (there && cell_index(from, *there) == cell_index(from, cell)) return to;
   return from.mesh.rank_at(replica_coordinate(from, cell, to % replicas(from)));
 }
 
-inline void refuse_shared_memory(StateDict const& from, StateDict const& to, std::int64_t rank) {
+template <class = Deferred>
+void refuse_shared_memory(StateDict const& from, StateDict const& to, std::int64_t rank) {
   Problems problems;
   auto const sources = local_memory(from, rank), targets = local_memory(to, rank);
   for (auto const& source : sources)
@@ -47,7 +50,8 @@ inline void refuse_shared_memory(StateDict const& from, StateDict const& to, std
   problems.raise();
 }
 
-inline Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, ReshardOptions const& options) {
+template <class = Deferred>
+Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, ReshardOptions const& options) {
   Stopwatch watch;
   Report report;
   report.operation = "reshard";

@@ -11,6 +11,7 @@
 //   5. commit      on rank 0: every byte written exactly once, every size as planned; index, checksums, and last the record
 //   6. publish     the attempt takes the place; all ranks learn the outcome; only then the old checkpoint is removed
 
+#include <dcp/base/config.hpp>
 #include <dcp/checkpoint/agreement.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/place.hpp>
@@ -31,7 +32,8 @@ namespace dcp {
 namespace detail {
 
 /// Whether every rank finds what rank 0 has just made. Collective.
-inline void require_shared(CommRef comm, AnyMedium& medium, std::string const& attempt, std::string const& id, std::chrono::milliseconds visible_within) {
+template <class = Deferred>
+void require_shared(CommRef comm, AnyMedium& medium, std::string const& attempt, std::string const& id, std::chrono::milliseconds visible_within) {
   agree(comm, "save: attempt", [&] {
     auto const until = std::chrono::steady_clock::now() + visible_within;
     auto pause = std::chrono::milliseconds{1};
@@ -47,7 +49,9 @@ inline void require_shared(CommRef comm, AnyMedium& medium, std::string const& a
       comm.progress();
       if (std::chrono::steady_clock::now() + pause > until) {
         Error error{ErrorCode::not_shared, "this directory is not shared by ranks 0 and " + std::to_string(comm.rank()) + ": rank 0 has made it, and rank " + std::to_string(comm.rank()) + " does not see it"};
-        error.with_path(attempt).with_hint("every rank must see the same file system at this path; a node-local disk is none");
+        error.with_path(attempt);
+        if (failure) error.with_errno(failure->system_error()).with_hint("what it found when it looked: " + failure->message());
+        error.with_hint("every rank must see the same file system at this path; a node-local disk is none");
         throw error;
       }
       std::this_thread::sleep_for(pause);
@@ -56,7 +60,8 @@ inline void require_shared(CommRef comm, AnyMedium& medium, std::string const& a
 }
 
 /// Replicated tensors with different contents on their replicas. Reads everything; collective.
-inline void compare_replicas(CommRef comm, AgreedState const& state) {
+template <class = Deferred>
+void compare_replicas(CommRef comm, AgreedState const& state) {
   std::vector<std::uint64_t> mine(state.tensors.size(), 0);
   agree(comm, "save: check", [&] {
     Bytes buffer(1 << 20);
@@ -95,7 +100,8 @@ inline void compare_replicas(CommRef comm, AgreedState const& state) {
 }
 
 /// This rank's part of what is stored.
-inline std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& shares, FilePlan const& plan, std::int64_t rank) {
+template <class = Deferred>
+std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& shares, FilePlan const& plan, std::int64_t rank) {
   std::vector<Transfer> transfers;
   for (auto const& stored : plan.stored) {
     TensorSpec const& tensor = state.tensors[stored.tensor];
@@ -122,7 +128,8 @@ inline std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares 
 }
 
 /// The values to store: those of their lowest rank, and every rank's own where they are per rank. Complete on rank 0. Collective.
-inline std::vector<std::pair<std::string, Value>> collect_values(CommRef comm, AgreedState const& state) {
+template <class = Deferred>
+std::vector<std::pair<std::string, Value>> collect_values(CommRef comm, AgreedState const& state) {
   Bytes const mine = agree(comm, "save: values", [&] {
     ByteWriter out;
     for (std::size_t v = 0; v < state.values.size(); ++v) {
@@ -162,7 +169,8 @@ inline std::vector<std::pair<std::string, Value>> collect_values(CommRef comm, A
 }
 
 /// Rank 0's part of the end: every byte accounted for, then index files, checksums, record.
-inline void commit_attempt(AnyMedium& medium, Attempt& attempt, std::map<std::string, FileSums> const& written, FilePlan const& plan, std::vector<std::pair<std::string, Bytes>> extra,
+template <class = Deferred>
+void commit_attempt(AnyMedium& medium, Attempt<>& attempt, std::map<std::string, FileSums> const& written, FilePlan const& plan, std::vector<std::pair<std::string, Bytes>> extra,
                            std::vector<std::pair<std::string, Value>> values) {
   CommitRecord& record = attempt.record();
   record.values = std::move(values);
@@ -187,7 +195,7 @@ inline void commit_attempt(AnyMedium& medium, Attempt& attempt, std::map<std::st
     if (tables.contains(path) || path == record_name || path == checksums_name || path == lease_name)
       throw Error{ErrorCode::invalid_argument, "two files of the checkpoint would have the name " + path}.with_path(attempt.path() + '/' + path);
     attempt.write_file(path, bytes);
-    WrittenSums sums;
+    WrittenSums<> sums;
     sums.add_empty(path, bytes.size());
     sums.add(path, bytes.size(), 0, bytes);
     add(path, sums.take().at(path), false);
@@ -202,7 +210,8 @@ inline void commit_attempt(AnyMedium& medium, Attempt& attempt, std::map<std::st
   attempt.commit();
 }
 
-inline Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place, StateDict const& state, SaveSettings const& settings) {
+template <class = Deferred>
+Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place, StateDict const& state, SaveSettings const& settings) {
   Stopwatch watch;
   Report report;
   report.operation = "save";
@@ -232,7 +241,7 @@ inline Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const
   auto values = collect_values(comm, agreed);
 
   watch.enter("attempt");
-  std::unique_ptr<Attempt> attempt;
+  std::unique_ptr<Attempt<>> attempt;
   std::vector<std::pair<std::string, Bytes>> extra;
   struct Opened {
     std::uint64_t block_bytes = 0;
@@ -251,7 +260,7 @@ inline Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const
       record.groups = storage.groups();
       for (auto const& tensor : agreed.tensors) record.tensors.push_back({tensor.name, tensor.dtype, tensor.layout.shape});
       for (auto const& tie : agreed.schema.ties) record.ties.emplace_back(tie.dropped, tie.kept);
-      attempt = std::make_unique<Attempt>(medium, place.path, settings.if_exists == IfExists::replace, carried, std::move(record));
+      attempt = std::make_unique<Attempt<>>(medium, place.path, settings.if_exists == IfExists::replace, carried, std::move(record));
       result.block_bytes = medium.block_bytes(attempt->path());
       std::copy_n(attempt->id().begin(), 16, result.id.begin());
       return result;
@@ -276,11 +285,11 @@ inline Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const
     SavePlan const writes = agree(comm, "save: plan", [&] {
       return SavePlan{agreed.tensors, plan.shares, plan.files, transfers_to_save(agreed, plan.shares, plan.files, comm.rank()), comm.rank(), comm.size(), {opened.block_bytes, settings.writers_per_file}};
     });
-    Writer writer{comm, medium, directory, writes, settings, attempt ? attempt->lease() : nullptr, watch};
+    Writer<> writer{comm, medium, directory, writes, settings, attempt ? attempt->lease() : nullptr, watch};
     auto const sums = writer.run();
 
     watch.enter("commit");
-    Bytes const all = reduce_to_root(comm, encode(sums), merge_sums, "save: commit");
+    Bytes const all = reduce_to_root(comm, encode(sums), merge_sums<>, "save: commit");
     agree(comm, "save: commit", [&] {
       if (attempt) commit_attempt(medium, *attempt, decode_sums(all), plan.files, std::move(extra), std::move(values));
     });

@@ -3,6 +3,7 @@
 // Moves a rank's part of a state into the files of an attempt: what the plan says is shared goes to its owner through the
 // communicator, in rounds that a fixed budget bounds; everything else goes from staging buffers straight to its final position.
 
+#include <dcp/base/config.hpp>
 #include <dcp/checkpoint/checksums.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/report.hpp>
@@ -41,6 +42,7 @@ struct Budget {
   }
 };
 
+template <class = Deferred>
 class Writer {
  public:
   Writer(CommRef comm, AnyMedium& medium, std::string directory, SavePlan const& plan, SaveSettings const& settings, Lease* lease, Stopwatch& watch)
@@ -285,7 +287,7 @@ class Writer {
   Stopwatch& watch_;
   std::vector<std::unique_ptr<WritableFile>> files_;
   std::mutex open_mutex_;
-  WrittenSums sums_;
+  WrittenSums<> sums_;
   std::vector<std::uint64_t> window_base_;
   std::uint64_t windows_ = 0;
   std::vector<DirectRange> direct_;

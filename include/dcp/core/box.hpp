@@ -43,13 +43,13 @@ constexpr bool intersect(Box const& a, Box const& b, Box& common) {
   return true;
 }
 
-/// The strides of a dense row-major array, in elements.
+/// The strides of a dense row-major array, in elements; of a shape whose number of elements overflows they mean nothing.
 constexpr Extents row_major_strides(Extents const& shape) {
   Extents strides = shape;
-  std::int64_t stride = 1;
+  std::uint64_t stride = 1;
   for (int d = shape.rank(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= std::max<std::int64_t>(shape[d], 1);
+    strides[d] = static_cast<std::int64_t>(stride);
+    stride *= static_cast<std::uint64_t>(std::max<std::int64_t>(shape[d], 1));
   }
   return strides;
 }
@@ -63,11 +63,11 @@ constexpr Extents row_major_strides(Extents const& shape) {
 /// Example   box [2, 3] in rows of 10 (strides [10, 1]) against itself dense (strides [3, 1]): runs (0, 0, 0, 3), (3, 10, 3, 3)
 template <class Visit>
 constexpr void for_each_run(Extents const& shape, Extents const& first_strides, Extents const& second_strides, std::int64_t begin, std::int64_t end, Visit visit) {
+  if (begin >= end) return;
   // The dimensions from `inner` on form one run in both arrays.
   int inner = shape.rank();
   std::int64_t run = 1;
   while (inner > 0 && (shape[inner - 1] == 1 || (first_strides[inner - 1] == run && second_strides[inner - 1] == run))) run *= shape[--inner];
-  if (run == 0) return;
   // An odometer over the outer dimensions, set to `begin`.
   Extents index = Extents::filled(inner, 0);
   std::int64_t first = 0, second = 0;

@@ -205,7 +205,7 @@ class DeviceMesh : detail::axes_in_range<N> {
       if (extents[a] < 1) throw Error{ErrorCode::invalid_argument, "mesh axis " + std::to_string(a) + " has extent " + std::to_string(extents[a])};
       geometry_.extents[a] = extents[a];
       geometry_.strides[a] = stride;
-      stride *= extents[a];
+      if (__builtin_mul_overflow(stride, extents[a], &stride)) throw Error{ErrorCode::overflow, "the number of ranks of a mesh does not fit into 63 bits"};
     }
     if (stride != size) {
       std::string list;

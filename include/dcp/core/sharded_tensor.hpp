@@ -51,10 +51,11 @@ struct LocalPart {
 };
 
 inline void check_local_memory(Layout const& layout, Box const& padded, Box const& box, Extents const& given, Extents const& strides, bool dense) {
-  for (int d = 0; d < box.rank(); ++d)
-    if (given.rank() != box.rank() || given[d] < box.shape[d])
-      throw Error{ErrorCode::invalid_argument, "a tensor " + to_string(layout.shape) + " has a local part " + to_string(padded.shape) + " here, but its memory is " + to_string(given) +
-                                                   " with strides " + to_string(strides) + (dense ? "" : "; pass a view of the local part")};
+  bool holds = given.rank() == box.rank();
+  for (int d = 0; holds && d < box.rank(); ++d) holds = given[d] >= box.shape[d];
+  if (!holds)
+    throw Error{ErrorCode::invalid_argument, "a tensor " + to_string(layout.shape) + " has a local part " + to_string(padded.shape) + " here, but its memory is " + to_string(given) +
+                                                 " with strides " + to_string(strides) + (dense ? "" : "; pass a view of the local part")};
 }
 }  // namespace detail
 

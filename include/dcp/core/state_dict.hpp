@@ -106,7 +106,7 @@ constexpr bool may_be_temporary() {
 
 template <class T>
 struct a_state_of_known_type {
-  static constexpr bool value = is_sharded_tensor<T>::value || is_tensor_view<T> || is_per_rank<T> || std::is_same_v<T, StateDict> || HasState<T> || HasEntryOf<T> || value_ops<T>() != nullptr;
+  static constexpr bool value = is_sharded_tensor<T>::value || is_tensor_view<T> || is_per_rank<T> || std::is_same_v<T, StateDict> || HasState<T> || HasEntryOf<T> || is_value<T>;
   static_assert(value,
                 "dcp: this type is no state; a state holds ShardedTensor, TensorView, numbers, bool, std::string, vectors of numbers or std::byte, nlohmann::json, and types "
                 "with a member  StateDict state()");
@@ -155,7 +155,7 @@ class Entry {
 ///
 /// Names     UTF-8. A nested state's names are prefixed with its own and a dot: {"model", model} gives "model.linear.weight"
 /// Takes     tensors, numbers, bool, std::string, bytes, JSON, vectors of numbers, per_rank(x), types with state(), other states
-/// Throws    Error(duplicate_entry) when a name comes twice, Error(bad_utf8) for a name that is none
+/// Throws    Error(bad_utf8) for a name that is none. A name that comes twice is an error of the save or load
 /// Example   dcp::StateDict state{{"model", model}, {"optimizer", {{"step", step}, {"lr", lr}}}, {"rng", dcp::per_rank(rng)}};
 class StateDict {
  public:
@@ -227,7 +227,8 @@ class StateDict {
     return prefix.empty() ? name : name.empty() ? prefix : prefix + '.' + name;
   }
   StateEntry& insert(std::string name, StateEntry::Kind kind) {
-    if (first_invalid_utf8(name) != std::string::npos) throw Error{ErrorCode::bad_utf8, "the name of a state entry is not UTF-8: " + json_quoted(name)};
+    if (auto const bad = first_invalid_utf8(name); bad != std::string::npos)
+      throw Error{ErrorCode::bad_utf8, "the name of a state entry is not UTF-8 after " + json_quoted(std::string_view{name}.substr(0, bad))};
     if (name == "__metadata__") throw Error{ErrorCode::invalid_argument, "a state entry cannot be named __metadata__; the name is taken by the safetensors format"};
     StateEntry& entry = entries_.emplace_back();
     entry.kind = kind;
@@ -270,13 +271,13 @@ void Entry::add_to(StateDict& state, std::string const& name, void* object) {
         state.add_value(entry.name, {entry.value.object, entry.value.ops, true, x.policy});
       }
     } else {
-      static_assert(detail::value_ops<std::remove_const_t<Object>>() != nullptr, "dcp: per_rank takes a value (a number, std::string, bytes, JSON, a vector of numbers); give tensors a Placement instead");
+      static_assert(detail::is_value<std::remove_const_t<Object>>, "dcp: per_rank takes a value (a number, std::string, bytes, JSON, a vector of numbers); give tensors a Placement instead");
       state.add_value(name, {const_cast<void*>(static_cast<void const*>(x.object)), detail::value_ops<std::remove_const_t<Object>>(), true, x.policy});
     }
   } else if constexpr (detail::HasState<T>) {
     [[maybe_unused]] detail::state_returns_a_state_dict<decltype(x.state())> check;
     state.add_object(name, x);
-  } else if constexpr (detail::value_ops<T>() != nullptr) {
+  } else if constexpr (detail::is_value<T>) {
     state.add_value(name, {&x, detail::value_ops<T>(), false, RankPolicy::fail});
   }
 }

@@ -7,6 +7,7 @@
 // list of files is noticed like one in the data. dcp.crc, beside it, holds the chunk checksums of the data files: 8 bytes each,
 // little-endian, the tables of the files in the order of the list.
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/checksum.hpp>
 #include <dcp/base/error.hpp>
@@ -71,7 +72,8 @@ struct CommitRecord {
 namespace detail {
 
 // Numbers keep their bits: floats are written as the double of the same value, infinities and NaNs as their bits.
-inline std::string exact_numbers(Value const& value) {
+template <class = Deferred>
+std::string exact_numbers(Value const& value) {
   std::string out;
   with_number_type(value.dtype, [&](auto type) {
     using T = decltype(type);
@@ -87,13 +89,16 @@ inline std::string exact_numbers(Value const& value) {
   return out;
 }
 
-inline bool parse_bits(std::string const& text, std::size_t digits, std::uint64_t& bits) {
+template <class = Deferred>
+bool parse_bits(std::string const& text, std::size_t digits, std::uint64_t& bits) {
   return text.size() == digits + 2 && text.starts_with("0x") && parse_hex16(std::string(16 - digits, '0') + text.substr(2), bits);
 }
 
-[[noreturn]] inline void bad_record(std::string const& what) { throw Error{ErrorCode::bad_schema, "the commit record is not as this library writes it: " + what}; }
+template <class = Deferred>
+[[noreturn]] void bad_record(std::string const& what) { throw Error{ErrorCode::bad_schema, "the commit record is not as this library writes it: " + what}; }
 
-inline void append_number(nlohmann::json const& item, DType dtype, Bytes& out) {
+template <class = Deferred>
+void append_number(nlohmann::json const& item, DType dtype, Bytes& out) {
   bool fits = false;
   with_number_type(dtype, [&](auto type) {
     using T = decltype(type);
@@ -129,7 +134,8 @@ inline void append_number(nlohmann::json const& item, DType dtype, Bytes& out) {
   if (!fits) bad_record("a number of type " + std::string{to_string(dtype)} + " is " + item.dump());
 }
 
-inline Bytes parse_hex_text(std::string const& text) {
+template <class = Deferred>
+Bytes parse_hex_text(std::string const& text) {
   auto const digit = [](char c) { return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1; };
   Bytes bytes;
   if (text.size() % 2 != 0) bad_record("an odd number of hexadecimal digits");
@@ -142,7 +148,8 @@ inline Bytes parse_hex_text(std::string const& text) {
 }
 
 // A value's fields, without the braces. Large payloads go to `large` instead.
-inline std::string value_fields(Value const& value, Bytes& large) {
+template <class = Deferred>
+std::string value_fields(Value const& value, Bytes& large) {
   std::string out = "\"kind\":\"" + std::string{to_string(value.kind)} + '"';
   if (value.kind == ValueKind::number || value.kind == ValueKind::array) out += ",\"dtype\":\"" + std::string{to_string(value.dtype)} + '"';
   if (value.kind == ValueKind::per_rank) {
@@ -164,7 +171,8 @@ inline std::string value_fields(Value const& value, Bytes& large) {
   }
 }
 
-inline Value parse_value(nlohmann::json const& from, ConstByteSpan large) {
+template <class = Deferred>
+Value parse_value(nlohmann::json const& from, ConstByteSpan large) {
   Value value;
   auto const kind = from.at("kind").get<std::string>();
   auto const known = std::find(value_kind_names.begin(), value_kind_names.end(), kind);
@@ -193,13 +201,15 @@ inline Value parse_value(nlohmann::json const& from, ConstByteSpan large) {
   return value;
 }
 
-inline std::string numbers_text(Extents const& extents) {
+template <class = Deferred>
+std::string numbers_text(Extents const& extents) {
   std::string out{'['};
   for (int d = 0; d < extents.rank(); ++d) out += (d > 0 ? "," : "") + std::to_string(extents[d]);
   return out + ']';
 }
 
-inline std::vector<std::int64_t> integers(nlohmann::json const& list, std::size_t most) {
+template <class = Deferred>
+std::vector<std::int64_t> integers(nlohmann::json const& list, std::size_t most) {
   if (!list.is_array() || list.size() > most) bad_record("a shape is too long or no list");
   std::vector<std::int64_t> result;
   for (auto const& item : list) {
@@ -211,7 +221,8 @@ inline std::vector<std::int64_t> integers(nlohmann::json const& list, std::size_
 }  // namespace detail
 
 /// The record as the bytes of dcp.json. `large` receives the payloads that belong into dcp.values. Deterministic.
-inline Bytes write_record(CommitRecord const& record, Bytes& large) {
+template <class = Deferred>
+Bytes write_record(CommitRecord const& record, Bytes& large) {
   std::string out;
   auto const field = [&](std::string_view name) -> std::string& { return out += ",\n \"" + std::string{name} + "\": "; };
   out += " \"format\": " + std::to_string(record_format);
@@ -251,7 +262,8 @@ inline Bytes write_record(CommitRecord const& record, Bytes& large) {
 /// Reads dcp.json. `large`: the bytes of dcp.values, if the record lists that file; pass nothing to learn only what files there are.
 ///
 /// Throws    Error(bad_json, bad_schema, bad_version, corrupt)
-inline CommitRecord parse_record(ConstByteSpan bytes, ConstByteSpan large, bool with_values = true) {
+template <class = Deferred>
+CommitRecord parse_record(ConstByteSpan bytes, ConstByteSpan large, bool with_values = true) {
   auto const text = as_text(bytes);
   if (first_invalid_utf8(text) != std::string_view::npos) throw Error{ErrorCode::bad_utf8, "the commit record is not UTF-8"};
   nlohmann::json json;

@@ -5,6 +5,7 @@
 // The index comes from strangers and names files to open: every name is checked to be a plain file name before anybody sees it.
 // Source    transformers and huggingface_hub (index), torch.distributed.checkpoint (names of sharded files)
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
 #include <dcp/base/text.hpp>
@@ -52,7 +53,8 @@ struct IndexOptions {
 /// Accepts plain names of safetensors files and nothing that any operating system or shell could take for more.
 ///
 /// Throws    Error(unsafe_path)
-inline void check_file_name(std::string_view name, bool allow_subdirectories = false) {
+template <class = Deferred>
+void check_file_name(std::string_view name, bool allow_subdirectories = false) {
   auto const refused = [&](char const* problem) { return Error{ErrorCode::unsafe_path, "the file name " + detail::shown(name) + ' ' + problem}; };
   constexpr std::string_view extension = ".safetensors";
   if (first_invalid_utf8(name) != std::string_view::npos) throw Error{ErrorCode::unsafe_path, "a file name that is not UTF-8"};
@@ -76,7 +78,8 @@ namespace detail {
 
 using namespace dcp::detail;
 
-inline std::string numbered(char const* format, int a, int b, int c = 0) {
+template <class = Deferred>
+std::string numbered(char const* format, int a, int b, int c = 0) {
   std::array<char, 96> text{};
   std::snprintf(text.data(), text.size(), format, a, b, c);
   return text.data();
@@ -176,13 +179,15 @@ void sort_unique(Map& map, char const* what) {
 }  // namespace detail
 
 /// model-00001-of-00003.safetensors, counted from 1.
-inline std::string model_file_name(int index, int count) {
+template <class = Deferred>
+std::string model_file_name(int index, int count) {
   if (index < 1 || count < index) throw Error{ErrorCode::invalid_argument, "there is no file " + std::to_string(index) + " of " + std::to_string(count)};
   return detail::numbered("model-%05d-of-%05d.safetensors", index, count);
 }
 
 /// shard-00002-model-00001-of-00003.safetensors: the part of a model file that one rank holds; `shard` is the rank + 1.
-inline std::string shard_file_name(int shard, int index, int count) {
+template <class = Deferred>
+std::string shard_file_name(int shard, int index, int count) {
   if (shard < 1 || index < 1 || count < index)
     throw Error{ErrorCode::invalid_argument,
                 "there is no shard " + std::to_string(shard) + " of file " + std::to_string(index) + " of " + std::to_string(count)};
@@ -193,7 +198,8 @@ inline std::string shard_file_name(int shard, int index, int count) {
 ///
 /// Throws    Error: limit, bad_utf8 or bad_json for the text; bad_schema, duplicate_key or unsafe_path for what it says;
 ///           index_mismatch if it lists no tensor
-inline Index parse_index(ConstByteSpan json, IndexOptions options = {}) {
+template <class = Deferred>
+Index parse_index(ConstByteSpan json, IndexOptions options = {}) {
   if (json.size() > options.max_bytes)
     throw Error{ErrorCode::limit, "an index of " + std::to_string(json.size()) + " bytes; the limit is " + std::to_string(options.max_bytes)}.with_hint(
         "IndexOptions::max_bytes raises it");
@@ -215,7 +221,8 @@ inline Index parse_index(ConstByteSpan json, IndexOptions options = {}) {
 ///
 /// Throws    Error: duplicate_key, unsafe_path for a file name that parse_index would refuse, bad_utf8, and invalid_argument for an
 ///           index without tensors or with a metadata key total_size
-inline std::string write_index(Index index, IndexOptions const& options = {}) {
+template <class = Deferred>
+std::string write_index(Index index, IndexOptions const& options = {}) {
   if (index.weight_map.empty()) throw Error{ErrorCode::invalid_argument, "an index without tensors; no reader accepts one"};
   detail::sort_unique(index.weight_map, "weight_map");
   detail::sort_unique(index.metadata, "the metadata of the index");

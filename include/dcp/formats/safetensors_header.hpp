@@ -10,6 +10,7 @@
 // The writer gives the bytes of the reference writer, whose order keeps every tensor aligned to its element.
 // Source    safetensors crate 0.8 (README, "Format"; its parser's behaviour)
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
 #include <dcp/base/text.hpp>
@@ -59,7 +60,8 @@ struct Header {
 namespace detail {
 
 /// Bytes of a tensor, computed as if its zero dimensions were ones, so that strides cannot overflow either.
-inline std::uint64_t checked_bytes(DType dtype, std::span<std::int64_t const> sizes) {
+template <class = Deferred>
+std::uint64_t checked_bytes(DType dtype, std::span<std::int64_t const> sizes) {
   std::uint64_t bits = static_cast<std::uint64_t>(bits_of(dtype));
   bool empty = false;
   for (auto const size : sizes) {
@@ -72,7 +74,8 @@ inline std::uint64_t checked_bytes(DType dtype, std::span<std::int64_t const> si
   return bits / 8;
 }
 
-inline std::string_view foreign_format(ConstByteSpan first) {
+template <class = Deferred>
+std::string_view foreign_format(ConstByteSpan first) {
   std::string_view const text = as_text(first);
   if (text.size() >= 2 && text[0] == '\x80' && text[1] >= 2 && text[1] <= 5) return "looks like a pickle (torch.save)";
   if (text.starts_with("GGUF")) return "looks like a GGUF file";
@@ -83,7 +86,8 @@ inline std::string_view foreign_format(ConstByteSpan first) {
 }
 
 /// Rules 7 to 11 of the reference for one tensor; `cursor` is where the one before it ended.
-inline void check_span(std::string_view name, DType dtype, std::span<std::int64_t const> sizes, bool huge, std::uint64_t begin, std::uint64_t end,
+template <class = Deferred>
+void check_span(std::string_view name, DType dtype, std::span<std::int64_t const> sizes, bool huge, std::uint64_t begin, std::uint64_t end,
                        std::uint64_t cursor) {
   auto const named = [&] { return tensor_called(name) + " at data offsets [" + std::to_string(begin) + ", " + std::to_string(end) + ")"; };
   if (end < begin) throw Error{ErrorCode::bad_offsets, named() + " ends before it begins"};
@@ -104,12 +108,14 @@ inline void check_span(std::string_view name, DType dtype, std::span<std::int64_
 ///
 /// Throws    Error(overflow) if the bits of the tensor, zero dimensions left out, do not fit into 64 bits; Error(misaligned) if
 ///           elements smaller than a byte do not fill whole bytes
-inline std::uint64_t tensor_bytes(DType dtype, Extents const& shape) { return detail::checked_bytes(dtype, {shape.begin(), shape.end()}); }
+template <class = Deferred>
+std::uint64_t tensor_bytes(DType dtype, Extents const& shape) { return detail::checked_bytes(dtype, {shape.begin(), shape.end()}); }
 
 /// N, the length of the header text of a file of `file_size` bytes that starts with `first8` (all there is, if the file is shorter).
 ///
 /// Throws    Error(truncated), Error(limit), Error(bad_header_length), with a hint where the bytes are those of another format
-inline std::uint64_t header_bytes(ConstByteSpan first8, std::uint64_t file_size) {
+template <class = Deferred>
+std::uint64_t header_bytes(ConstByteSpan first8, std::uint64_t file_size) {
   auto const refused = [&](ErrorCode code, std::string const& problem) {
     Error error{code, problem};
     if (auto const hint = detail::foreign_format(first8); !hint.empty()) error.with_hint(std::string{hint});
@@ -129,7 +135,8 @@ inline std::uint64_t header_bytes(ConstByteSpan first8, std::uint64_t file_size)
 /// Throws    Error: bad_utf8, bad_json or limit for the text; bad_schema, duplicate_key, unsupported_dtype or limit (dimensions) for what
 ///           it says; then, in the order of the bytes, bad_offsets, overflow, misaligned, size_mismatch; last truncated and trailing_data
 /// Memory    proportional to the text
-inline Header parse_header(ConstByteSpan json, std::uint64_t file_size, ParseOptions options = {}) {
+template <class = Deferred>
+Header parse_header(ConstByteSpan json, std::uint64_t file_size, ParseOptions options = {}) {
   if (json.size() > max_header_bytes) throw Error{ErrorCode::limit, "a header of " + std::to_string(json.size()) + " bytes; at most 100000000 are allowed"};
   if (file_size < 8 || json.size() > file_size - 8)
     throw Error{ErrorCode::bad_header_length, "a header of " + std::to_string(json.size()) + " bytes in a file of " + std::to_string(file_size)};
@@ -164,7 +171,8 @@ inline Header parse_header(ConstByteSpan json, std::uint64_t file_size, ParseOpt
 /// Puts `tensors` into the order of the reference writer (widest dtype first, then by name) and gives them their bytes, without gaps.
 ///
 /// Throws    as tensor_bytes; Error(overflow) if the sum does not fit into 64 bits; `tensors` is then unchanged
-inline void assign_offsets(std::vector<TensorInfo>& tensors) {
+template <class = Deferred>
+void assign_offsets(std::vector<TensorInfo>& tensors) {
   std::vector<std::size_t> order(tensors.size());
   for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
   std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
@@ -194,7 +202,8 @@ inline void assign_offsets(std::vector<TensorInfo>& tensors) {
 /// Throws    Error: duplicate_key; bad_schema for a tensor called __metadata__; bad_utf8; bad_offsets, overflow, misaligned or
 ///           size_mismatch for a wrong span; limit for a header over max_header_bytes; invalid_argument for an alignment that is no
 ///           power of two from 8
-inline Bytes write_header(std::vector<TensorInfo> const& tensors, Metadata metadata = {}, std::uint64_t data_alignment = 8) {
+template <class = Deferred>
+Bytes write_header(std::vector<TensorInfo> const& tensors, Metadata metadata = {}, std::uint64_t data_alignment = 8) {
   if (data_alignment < 8 || !std::has_single_bit(data_alignment)) throw Error{ErrorCode::invalid_argument, "data_alignment must be a power of two from 8"};
   auto const quoted = [](std::string_view text) {
     if (first_invalid_utf8(text) != std::string_view::npos)
@@ -300,7 +309,8 @@ class ShardingReader : public JsonReader<ShardingReader> {
 
 /// Throws    Error: bad_schema (also for text that is no JSON), duplicate_key, overflow for an offset of 2^63 or more, limit
 /// Source    torch.distributed.checkpoint, HuggingFaceStorageWriter: {"name": {"saved_offsets": [2, 0]}, ...}
-inline ShardingInfo parse_sharding_info(std::string_view json) {
+template <class = Deferred>
+ShardingInfo parse_sharding_info(std::string_view json) {
   detail::ShardingReader reader;
   try {
     detail::read_json(as_byte_span(json), sharding_info_key, 0, reader);
@@ -312,7 +322,8 @@ inline ShardingInfo parse_sharding_info(std::string_view json) {
 }
 
 /// Byte for byte what Python's json.dumps makes of the same names in sorted order. Throws Error(bad_utf8).
-inline std::string write_sharding_info(ShardingInfo const& info) {
+template <class = Deferred>
+std::string write_sharding_info(ShardingInfo const& info) {
   std::string text{'{'};
   for (auto const& [name, offsets] : info) {
     if (text.size() > 1) text += ", ";
@@ -327,7 +338,8 @@ inline std::string write_sharding_info(ShardingInfo const& info) {
 ///
 /// Throws    Error: index_mismatch if it is not listed, bad_schema for another number of dimensions, overflow if the box it makes
 ///           ends beyond 2^63 - 1
-inline std::vector<std::int64_t> const& saved_offsets(ShardingInfo const& info, TensorInfo const& tensor) {
+template <class = Deferred>
+std::vector<std::int64_t> const& saved_offsets(ShardingInfo const& info, TensorInfo const& tensor) {
   auto const found = info.find(tensor.name);
   if (found == info.end())
     throw Error{ErrorCode::index_mismatch, "DCP_SHARDING_INFO does not list " + detail::tensor_called(tensor.name) + " of the same file"};

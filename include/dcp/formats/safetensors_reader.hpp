@@ -2,6 +2,7 @@
 #pragma once
 // What the JSON of a safetensors header says, before anybody asks whether its numbers fit together: see safetensors_header.hpp.
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/error.hpp>
 #include <dcp/core/dtype.hpp>
 #include <dcp/core/shape.hpp>
@@ -35,7 +36,8 @@ namespace detail {
 
 using namespace dcp::detail;
 
-inline std::string tensor_called(std::string_view name) { return "tensor " + shown(name); }
+template <class = Deferred>
+std::string tensor_called(std::string_view name) { return "tensor " + shown(name); }
 
 /// A tensor as the JSON gave it. A million of them must stay small until all rules are checked.
 struct RawTensor {
@@ -178,7 +180,8 @@ class HeaderReader : public JsonReader<HeaderReader> {
 
 /// Finds names that occur twice: refused, or all but the last one dropped.
 /// Cost      n log n whatever the names are; a hash table could be flooded by its enemy
-inline void settle_duplicates(HeaderReader& reader, bool allow) {
+template <class = Deferred>
+void settle_duplicates(HeaderReader& reader, bool allow) {
   struct Key {
     std::uint64_t hash;
     std::uint32_t index;
@@ -208,7 +211,8 @@ inline void settle_duplicates(HeaderReader& reader, bool allow) {
   tensors.resize(kept);
 }
 
-inline Metadata settled_metadata(Metadata metadata, bool allow_duplicates) {
+template <class = Deferred>
+Metadata settled_metadata(Metadata metadata, bool allow_duplicates) {
   std::stable_sort(metadata.begin(), metadata.end(), [](auto const& a, auto const& b) { return a.first < b.first; });
   Metadata kept;
   for (auto& entry : metadata) {

@@ -54,8 +54,8 @@ void parallel_for(std::size_t threads, std::size_t count, Work work, Meanwhile m
     running -= threads - 1 - others.size();
   }
   run(0);
-  for (std::unique_lock lock{mutex}; running > 0;) {
-    finished.wait_for(lock, std::chrono::milliseconds{50});
+  std::unique_lock lock{mutex};
+  while (!finished.wait_for(lock, std::chrono::milliseconds{50}, [&] { return running == 0; })) {
     lock.unlock();
     try {
       meanwhile();
@@ -65,6 +65,7 @@ void parallel_for(std::size_t threads, std::size_t count, Work work, Meanwhile m
     }
     lock.lock();
   }
+  lock.unlock();
   for (auto& thread : others) thread.join();
   if (failure) std::rethrow_exception(failure);
 }

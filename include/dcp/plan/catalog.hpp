@@ -2,13 +2,16 @@
 #pragma once
 // What a checkpoint holds, whatever its format: tensors as boxes in files, values, tied names.
 
+#include <dcp/base/config.hpp>
 #include <dcp/core/box.hpp>
 #include <dcp/core/dtype.hpp>
 #include <dcp/core/value.hpp>
 #include <dcp/plan/schema.hpp>
 
 #include <algorithm>
+#include <compare>
 #include <cstdint>
+#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -71,7 +74,8 @@ struct Catalog {
   }
 };
 
-inline Bytes encode(FoundFile const& file) {
+template <class = Deferred>
+Bytes encode(FoundFile const& file) {
   ByteWriter out;
   out.text(file.path).number(file.size).number(file.pieces).number<std::uint64_t>(file.tensors.size());
   for (auto const& t : file.tensors) {
@@ -82,7 +86,8 @@ inline Bytes encode(FoundFile const& file) {
   for (auto const& tie : file.ties) out.text(tie.dropped).text(tie.kept);
   return out.take();
 }
-inline FoundFile decode_found_file(ConstByteSpan bytes) {
+template <class = Deferred>
+FoundFile decode_found_file(ConstByteSpan bytes) {
   ByteReader in{bytes};
   FoundFile file;
   file.path = in.text(), file.size = in.number<std::uint64_t>(), file.pieces = in.number<bool>();
@@ -100,8 +105,26 @@ inline FoundFile decode_found_file(ConstByteSpan bytes) {
 }
 
 namespace detail {
+// Orders pieces, by their indices, so that equal boxes are equal.
+struct ByBox {
+  std::vector<StoredPiece> const* pieces;
+  bool operator()(std::size_t a, std::size_t b) const {
+    Box const &x = (*pieces)[a].box, &y = (*pieces)[b].box;
+    auto const order = std::lexicographical_compare_three_way(x.origin.begin(), x.origin.end(), y.origin.begin(), y.origin.end());
+    return order != 0 ? order < 0 : std::lexicographical_compare(x.shape.begin(), x.shape.end(), y.shape.begin(), y.shape.end());
+  }
+};
+
+inline bool countable(Extents const& shape) {
+  std::uint64_t product = 1;
+  return std::all_of(shape.begin(), shape.end(), [&](std::int64_t size) {
+    return checked_multiply(product, static_cast<std::uint64_t>(std::max<std::int64_t>(1, size)), product) && product <= INT64_MAX;
+  });
+}
+
 // What is left of `box` without `hole`, as disjoint boxes.
-inline void subtract(Box const& box, Box const& hole, std::vector<Box>& out) {
+template <class = Deferred>
+void subtract(Box const& box, Box const& hole, std::vector<Box>& out) {
   Box common;
   if (!intersect(box, hole, common)) {
     out.push_back(box);
@@ -126,7 +149,8 @@ inline void subtract(Box const& box, Box const& hole, std::vector<Box>& out) {
 }
 
 // Whether any two of the boxes overlap: a sweep along the dimension of the largest extent, O(n log n) for the grids that jobs write.
-inline bool any_overlap(std::vector<StoredPiece> const& pieces, Extents const& shape) {
+template <class = Deferred>
+bool any_overlap(std::vector<StoredPiece> const& pieces, Extents const& shape) {
   if (pieces.size() < 2) return false;
   if (shape.rank() == 0) return true;
   int widest = 0;
@@ -159,8 +183,10 @@ inline bool any_overlap(std::vector<StoredPiece> const& pieces, Extents const& s
 ///
 /// Rules     pieces of one tensor agree in dtype and rank, and cover it; of equal pieces the one in the lowest file name counts and
 ///           the others are listed; pieces that overlap otherwise are all kept, to be compared when read
-/// Throws    Error(dtype_mismatch, bad_schema, incomplete, duplicate_entry), all problems of all tensors listed
-inline Catalog assemble(std::vector<FoundFile> found) {
+/// Throws    Error(index_mismatch) for files that contradict each other, Error(incomplete), Error(overflow): all problems of all tensors
+///           listed, the code that of the first
+template <class = Deferred>
+Catalog assemble(std::vector<FoundFile> found) {
   std::sort(found.begin(), found.end(), [](FoundFile const& a, FoundFile const& b) { return a.path < b.path; });
   struct Reference {
     FoundTensor const* tensor;
@@ -182,6 +208,7 @@ inline Catalog assemble(std::vector<FoundFile> found) {
     FoundTensor const& first = *all[i].tensor;
     CatalogTensor tensor{first.name, first.dtype, Extents::filled(first.shape.rank(), 0), {}};
     bool usable = true;
+    std::set<std::size_t, detail::ByBox> distinct{detail::ByBox{&tensor.pieces}};   // a tensor may have as many pieces as a job has ranks
     std::size_t next = i;
     for (; next < all.size() && all[next].tensor->name == first.name; ++next) {
       FoundTensor const& piece = *all[next].tensor;
@@ -205,11 +232,17 @@ inline Catalog assemble(std::vector<FoundFile> found) {
           }
         }
         Box const box{piece.origin, piece.shape};
-        auto const same = std::find_if(tensor.pieces.begin(), tensor.pieces.end(), [&](StoredPiece const& p) { return p.box == box; });
-        // An empty piece holds nothing, so it may stand twice.
-        if (same == tensor.pieces.end()) tensor.pieces.push_back({all[next].file, piece.offset, box});
-        else if (!box.empty()) catalog.duplicates.push_back(first.name + " " + to_string(box) + ": in " + catalog.files[same->file].path + " (used) and in " + where(all[next]));
+        tensor.pieces.push_back({all[next].file, piece.offset, box});
+        if (auto const [same, fresh] = distinct.insert(tensor.pieces.size() - 1); !fresh) {
+          // An empty piece holds nothing, so it may stand twice.
+          if (!box.empty()) catalog.duplicates.push_back(first.name + " " + to_string(box) + ": in " + catalog.files[tensor.pieces[*same].file].path + " (used) and in " + where(all[next]));
+          tensor.pieces.pop_back();
+        }
       }
+    }
+    if (usable && !detail::countable(tensor.shape)) {
+      problems.add(ErrorCode::overflow, first.name + ": its pieces reach to " + to_string(tensor.shape) + ", more elements than fit into 63 bits");
+      usable = false;
     }
     if (usable && next - i > 1 && !tensor.pieces.empty()) {
       std::erase_if(tensor.pieces, [&](StoredPiece const& p) { return p.box.empty() && tensor.pieces.size() > 1; });

@@ -2,15 +2,17 @@
 #pragma once
 // What a state wants against what a checkpoint holds: every difference found before anything is read.
 
+#include <dcp/base/config.hpp>
 #include <dcp/core/cast.hpp>
 #include <dcp/plan/catalog.hpp>
 #include <dcp/plan/schema.hpp>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace dcp {
@@ -36,31 +38,50 @@ struct Comparison {
 };
 
 namespace detail {
-inline std::string describe(DType dtype, Extents const& shape) { return to_string(shape) + ' ' + std::string{to_string(dtype)}; }
+template <class = Deferred>
+std::string describe(DType dtype, Extents const& shape) { return to_string(shape) + ' ' + std::string{to_string(dtype)}; }
+
+// Whether `x` is a value of To, and which.
+template <class To, class From>
+bool exactly(From x, To& out) {
+  if constexpr (std::is_same_v<From, bool>) {
+    return exactly<To>(static_cast<std::uint8_t>(x), out);
+  } else if constexpr (std::is_same_v<To, bool>) {
+    out = x == From{1};
+    return x == From{0} || x == From{1};
+  } else if constexpr (std::is_integral_v<From> && std::is_integral_v<To>) {
+    out = static_cast<To>(x);
+    return std::in_range<To>(x);
+  } else if constexpr (std::is_floating_point_v<From> && std::is_integral_v<To>) {
+    // The ends of To's range as powers of two, which every float type holds exactly.
+    constexpr From high = static_cast<From>(std::numeric_limits<To>::max() / 2 + 1) * From{2}, low = std::is_signed_v<To> ? -high : From{0};
+    if (!(x >= low && x < high)) return false;
+    out = static_cast<To>(x);
+    return static_cast<From>(out) == x;
+  } else if constexpr (std::is_integral_v<From>) {
+    out = static_cast<To>(x);
+    From back{};
+    return exactly<From>(out, back) && back == x;
+  } else {
+    out = static_cast<To>(x);
+    return static_cast<From>(out) == x;
+  }
+}
 
 // The number in `value` as another number type, if that holds it exactly.
-inline bool exact_number(Value const& value, DType to, Value& out) {
+template <class = Deferred>
+bool exact_number(Value const& value, DType to, Value& out) {
   bool exact = false;
   with_number_type(value.dtype, [&](auto from) {
     with_number_type(to, [&](auto target) {
       using From = decltype(from);
       using To = decltype(target);
       if (value.payload.size() != sizeof(From)) return;
-      From x;
+      From x{};
       if constexpr (std::is_same_v<From, bool>) x = value.payload[0] != std::byte{0};
       else x = load_little_endian<From>(value.payload.data());
-      To y;
-      if constexpr (std::is_floating_point_v<From> && !std::is_floating_point_v<To>) {
-        // 2^63 and 2^64 are the first values that no longer fit, and floats; the comparisons are exact.
-        if (!(x > -9223372036854775808.0 && x < 18446744073709551616.0)) return;
-        if (x < 0 || x < 9223372036854775808.0) y = static_cast<To>(static_cast<std::int64_t>(x));
-        else y = static_cast<To>(static_cast<std::uint64_t>(x));
-      } else {
-        y = static_cast<To>(x);
-      }
-      if constexpr (std::is_integral_v<From> && std::is_integral_v<To>) exact = static_cast<From>(y) == x && (y < To{}) == (x < From{});
-      else exact = static_cast<From>(y) == x;
-      if (exact && sizeof(To) == 8 && std::is_floating_point_v<To> && std::is_integral_v<From>) exact = static_cast<long double>(y) == static_cast<long double>(x);
+      To y{};
+      exact = exactly<To>(x, y);
       out = {ValueKind::number, to, Bytes(sizeof(To)), {}};
       std::memcpy(out.payload.data(), &y, sizeof y);
     });

@@ -58,6 +58,9 @@ class SavePlan {
   struct Options {
     std::uint64_t block_bytes = 4096;
     std::int64_t writers_per_file = 16;
+    std::uint64_t long_run_bytes = SavePlan::long_run_bytes;
+    std::uint64_t segment_bytes = SavePlan::segment_bytes;
+    std::uint64_t forwarded_bytes = SavePlan::forwarded_bytes;
   };
   /// A run of this rank's data in a window, and the rank that writes it.
   struct Part {
@@ -73,7 +76,7 @@ class SavePlan {
 
   /// `transfers`: what `rank` holds of the stored boxes (its shares), in any order.
   SavePlan(std::vector<TensorSpec> const& tensors, Shares const& shares, FilePlan const& files, std::vector<Transfer> transfers, std::int64_t rank, std::int64_t ranks, Options options)
-      : tensors_{tensors}, shares_{shares}, files_{files}, transfers_{std::move(transfers)}, rank_{rank}, ranks_{ranks}, options_{options} {
+      : tensors_{tensors}, shares_{shares}, files_{files}, rank_{rank}, ranks_{ranks}, options_{options} {
     for (std::uint32_t f = 0; f < files.files.size(); ++f) {
       PlannedFile const& file = files.files[f];
       if (header_writer(f) != rank) continue;
@@ -87,22 +90,15 @@ class SavePlan {
         transfer.file_strides = transfer.memory.strides = Extents{1};
         transfer.memory.data = const_cast<std::byte*>(literal.bytes.data());   // only ever read
         transfer.end = static_cast<std::int64_t>(literal.bytes.size());
-        transfers_.push_back(transfer);
+        transfers.push_back(transfer);
       }
     }
-    std::erase_if(transfers_, [](Transfer const& t) { return t.begin == t.end; });
-    std::sort(transfers_.begin(), transfers_.end(), [](Transfer const& a, Transfer const& b) { return a.file != b.file ? a.file < b.file : a.file_begin() < b.file_begin(); });
-    extent_.reserve(transfers_.size());
-    // Interleaved tensors do not occur (each stored box is dense), but two pieces of one box may interleave, so ends are running maxima.
-    for (std::size_t i = 0; i < transfers_.size(); ++i) {
-      bool const follows = i > 0 && transfers_[i - 1].file == transfers_[i].file;
-      extent_.push_back({transfers_[i].file_begin(), follows ? std::max(extent_.back().end, transfers_[i].file_end()) : transfers_[i].file_end()});
-    }
+    index_ = TransferIndex{std::move(transfers)};
     in_long_runs_.resize(files.stored.size());
     for (std::size_t s = 0; s < files.stored.size(); ++s) in_long_runs_[s] = lies_in_long_runs(files.stored[s]);
   }
 
-  std::vector<Transfer> const& transfers() const { return transfers_; }
+  std::vector<Transfer> const& transfers() const { return index_.transfers(); }
   std::vector<PlannedFile> const& files() const { return files_.files; }
 
   /// The rank that writes the block with `position` of file `file`.
@@ -171,8 +167,8 @@ class SavePlan {
   /// Calls visit(index of the transfer, range) for this rank's runs in [begin, end) of a file. Runs of different transfers may interleave.
   template <class Visit>
   void for_each_local_run(std::uint32_t file, std::uint64_t begin, std::uint64_t end, Visit visit) const {
-    for_each_local_transfer(file, begin, end, [&](std::uint32_t t, std::int64_t from, std::int64_t to) {
-      transfers_[t].for_each_file_run(from, to, [&](std::uint64_t at, std::uint64_t bytes) {
+    index_.for_each_touching(file, {begin, end}, [&](std::uint32_t t, std::int64_t from, std::int64_t to) {
+      index_[t].for_each_file_run(from, to, [&](std::uint64_t at, std::uint64_t bytes) {
         FileRange const run{std::max(at, begin), std::min(at + bytes, end)};
         if (run.begin < run.end) visit(t, run);
       });
@@ -180,51 +176,15 @@ class SavePlan {
   }
 
   /// Copies what this rank holds of [begin, end) of a file to `out`. Returns the number of bytes.
-  ///
-  /// Pre       no transfer has an element that `begin` or `end` cuts; block and segment boundaries cut elements only of odd sizes
-  ///           at odd places, which are copied byte by byte
   std::uint64_t gather(std::uint32_t file, std::uint64_t begin, std::uint64_t end, std::byte* out) const {
     std::uint64_t total = 0;
-    for_each_local_transfer(file, begin, end, [&](std::uint32_t t, std::int64_t from, std::int64_t to) { total += gather_from(t, from, to, {begin, end}, out); });
+    index_.for_each_touching(file, {begin, end}, [&](std::uint32_t t, std::int64_t, std::int64_t) { total += index_.gather(t, {begin, end}, out); });
     return total;
   }
-  std::uint64_t gather_transfer(std::uint32_t t, FileRange range, std::byte* out) const {
-    auto const& transfer = transfers_[t];
-    return gather_from(t, element_at_or_before(transfer, range.begin), transfer.elements_before(range.end), range, out);
-  }
+  std::uint64_t gather_transfer(std::uint32_t t, FileRange range, std::byte* out) const { return index_.gather(t, range, out); }
 
  private:
   static constexpr std::size_t no_box = static_cast<std::size_t>(-1);
-
-  // Elements that overlap a window: elements_before counts an element that the position cuts as before, so step back over it.
-  static std::int64_t element_at_or_before(Transfer const& transfer, std::uint64_t position) {
-    std::int64_t const element = transfer.elements_before(position);
-    if (element <= transfer.begin || element > transfer.end) return element;
-    std::uint64_t const previous_end = transfer.position_of(element - 1) + std::max<std::uint64_t>(1, static_cast<std::uint64_t>(bits_of(transfer.dtype)) / 8);
-    return previous_end > position && bits_of(transfer.dtype) >= 8 ? element - 1 : element;
-  }
-  std::uint64_t gather_from(std::uint32_t t, std::int64_t from, std::int64_t to, FileRange range, std::byte* out) const {
-    std::uint64_t total = 0;
-    transfers_[t].for_each_run(from, to, [&](std::uint64_t at, std::byte const* memory, std::size_t bytes) {
-      std::uint64_t const lo = std::max(at, range.begin), hi = std::min(at + bytes, range.end);
-      if (lo >= hi) return;
-      std::memcpy(out + (lo - range.begin), memory + (lo - at), static_cast<std::size_t>(hi - lo));
-      total += hi - lo;
-    });
-    return total;
-  }
-  template <class Visit>
-  void for_each_local_transfer(std::uint32_t file, std::uint64_t begin, std::uint64_t end, Visit visit) const {
-    auto first = std::partition_point(transfers_.begin(), transfers_.end(), [&](Transfer const& t) {
-      if (t.file != file) return t.file < file;
-      return extent_[static_cast<std::size_t>(&t - transfers_.data())].end <= begin;
-    });
-    for (auto at = static_cast<std::size_t>(first - transfers_.begin()); at < transfers_.size() && transfers_[at].file == file && extent_[at].begin < end; ++at) {
-      Transfer const& transfer = transfers_[at];
-      std::int64_t const from = element_at_or_before(transfer, begin), to = transfer.elements_before(end);
-      if (from < to) visit(static_cast<std::uint32_t>(at), from, to);
-    }
-  }
 
   static void add_range(std::vector<FileRange>& list, FileRange range) {
     if (!list.empty() && list.back().end >= range.begin && list.back().begin <= range.begin) list.back().end = std::max(list.back().end, range.end);
@@ -263,7 +223,7 @@ class SavePlan {
     Extents const strides = row_major_strides(stored.box.shape);
     std::int64_t run = 1;
     for (int d = cell.rank(); d-- > 0 && (cell.shape[d] == 1 || strides[d] == run);) run *= cell.shape[d];
-    return bytes_of(tensor.dtype, run) >= long_run_bytes;
+    return bytes_of(tensor.dtype, run) >= options_.long_run_bytes;
   }
 
   std::int64_t writers(std::uint32_t) const { return std::min(ranks_, std::max<std::int64_t>(1, options_.writers_per_file)); }
@@ -271,7 +231,8 @@ class SavePlan {
     PlannedFile const& planned = files_.files[file];
     return planned.only_rank >= 0 ? planned.only_rank : static_cast<std::int64_t>(file) % ranks_;
   }
-  std::uint64_t segment_size() const { return std::max(options_.block_bytes, ranks_ > options_.writers_per_file ? forwarded_bytes : segment_bytes); }
+  // Whole blocks: a stripe need not divide 1 MiB.
+  std::uint64_t segment_size() const { return round_up(ranks_ > options_.writers_per_file ? options_.forwarded_bytes : options_.segment_bytes, options_.block_bytes); }
   std::int64_t segment_owner(std::uint32_t file, std::uint64_t position) const {
     std::int64_t const count = writers(file), segment = static_cast<std::int64_t>(position / segment_size()) % count;
     return (segment * ranks_ / count + static_cast<std::int64_t>(file)) % ranks_;
@@ -301,8 +262,7 @@ class SavePlan {
   std::vector<TensorSpec> const& tensors_;
   Shares const& shares_;
   FilePlan const& files_;
-  std::vector<Transfer> transfers_;
-  std::vector<FileRange> extent_;      // of each transfer; end is the running maximum in its file
+  TransferIndex index_;
   std::vector<bool> in_long_runs_;
   std::int64_t rank_, ranks_;
   Options options_;

@@ -2,6 +2,7 @@
 #pragma once
 // What a state consists of, without its data: the part that ranks agree on before anything is read or written.
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/checksum.hpp>
 #include <dcp/core/state_dict.hpp>
 #include <dcp/plan/shares.hpp>
@@ -69,14 +70,16 @@ struct Schema {
 };
 
 namespace detail {
-inline void encode_layout(ByteWriter& out, Layout const& layout) {
+template <class = Deferred>
+void encode_layout(ByteWriter& out, Layout const& layout) {
   out.number(layout.shape.rank());
   for (int d = 0; d < layout.shape.rank(); ++d) out.number(layout.shape[d]).number(layout.split_shape[d]);
   out.number(layout.everywhere).number(layout.mesh.axes).number(layout.mesh.world).number(layout.mesh.base);
   for (std::size_t a = 0; a < static_cast<std::size_t>(layout.mesh.axes); ++a)
     out.number(layout.mesh.extents[a]).number(layout.mesh.strides[a]).number(layout.rules[a].kind).number(layout.rules[a].dim).number(layout.rules[a].step);
 }
-inline Layout decode_layout(ByteReader& in) {
+template <class = Deferred>
+Layout decode_layout(ByteReader& in) {
   Layout layout;
   int const rank = std::clamp(in.number<int>(), 0, max_rank);
   layout.shape = layout.split_shape = Extents::filled(rank, 0);
@@ -92,7 +95,8 @@ inline Layout decode_layout(ByteReader& in) {
 }
 }  // namespace detail
 
-inline Bytes encode(Schema const& schema) {
+template <class = Deferred>
+Bytes encode(Schema const& schema) {
   ByteWriter out;
   out.number<std::uint64_t>(schema.entries.size());
   for (auto const& entry : schema.entries) {
@@ -103,7 +107,8 @@ inline Bytes encode(Schema const& schema) {
   for (auto const& tie : schema.ties) out.text(tie.dropped).text(tie.kept);
   return out.take();
 }
-inline Schema decode_schema(ConstByteSpan bytes) {
+template <class = Deferred>
+Schema decode_schema(ConstByteSpan bytes) {
   ByteReader in{bytes};
   Schema schema;
   for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
@@ -120,12 +125,14 @@ inline Schema decode_schema(ConstByteSpan bytes) {
 }
 
 /// What ranks compare: equal digests, equal names, dtypes, shapes and layouts. The values' contents stay out; they have their own.
-inline std::uint64_t schema_digest(Schema schema) {
+template <class = Deferred>
+std::uint64_t schema_digest(Schema schema) {
   for (auto& entry : schema.entries) entry.value_crc = 0;
   schema.ties.clear();
   return crc64(encode(schema));
 }
-inline std::uint64_t values_digest(Schema const& schema) {
+template <class = Deferred>
+std::uint64_t values_digest(Schema const& schema) {
   ByteWriter out;
   for (auto const& entry : schema.entries)
     if (!entry.is_tensor && !entry.per_rank) out.number(entry.value_crc);
@@ -133,10 +140,12 @@ inline std::uint64_t values_digest(Schema const& schema) {
 }
 
 /// The CRC by which ranks compare a value.
-inline std::uint64_t value_crc(Value const& value) { return crc64(as_byte_span(to_json(value))) ^ static_cast<std::uint64_t>(value.dtype); }
+template <class = Deferred>
+std::uint64_t value_crc(Value const& value) { return crc64(as_byte_span(to_json(value))) ^ static_cast<std::uint64_t>(value.dtype); }
 
 /// Entries of `state` sorted by name, as indices into state.entries(). Throws Error(duplicate_entry), listing all names that come twice.
-inline std::vector<std::size_t> sorted_entries(StateDict const& state) {
+template <class = Deferred>
+std::vector<std::size_t> sorted_entries(StateDict const& state) {
   auto const& entries = state.entries();
   std::vector<std::size_t> order(entries.size());
   for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
@@ -149,7 +158,8 @@ inline std::vector<std::size_t> sorted_entries(StateDict const& state) {
 }
 
 /// The schema of this rank's state, without ties found in memory. `with_values`: also the CRCs of values.
-inline Schema local_schema(StateDict const& state, bool with_values) {
+template <class = Deferred>
+Schema local_schema(StateDict const& state, bool with_values) {
   Schema schema;
   for (auto const i : sorted_entries(state)) {
     StateEntry const& from = state.entries()[i];
@@ -177,7 +187,8 @@ inline Schema local_schema(StateDict const& state, bool with_values) {
 ///
 /// Throws    Error(ranks_disagree) listing every entry that two kinds describe differently, with a rank of each;
 ///           Error(invalid_argument) for a tensor whose mesh was made for another number of ranks
-inline Schema merge_schemas(std::vector<Schema> parts, std::vector<std::int64_t> const& first_rank, std::int64_t ranks) {
+template <class = Deferred>
+Schema merge_schemas(std::vector<Schema> parts, std::vector<std::int64_t> const& first_rank, std::int64_t ranks) {
   Schema all;
   for (std::size_t p = 0; p < parts.size(); ++p) {
     for (auto& entry : parts[p].entries) {

@@ -2,6 +2,7 @@
 #pragma once
 // Tensors that share memory: the same memory under two names is one tensor (tied weights); memory that overlaps otherwise is a mistake.
 
+#include <dcp/base/config.hpp>
 #include <dcp/plan/schema.hpp>
 
 #include <algorithm>
@@ -19,13 +20,15 @@ struct LocalMemory {
   std::uintptr_t begin, end;
 };
 
-inline bool same_memory(StateEntry const& a, StateEntry const& b) {
+template <class = Deferred>
+bool same_memory(StateEntry const& a, StateEntry const& b) {
   return a.tensor->memory.data == b.tensor->memory.data && a.tensor->dtype == b.tensor->dtype && a.tensor->memory.strides == b.tensor->memory.strides &&
          a.tensor->layout == b.tensor->layout;
 }
 
 /// What this rank holds of a state's tensors, empty parts left out.
-inline std::vector<LocalMemory> local_memory(StateDict const& state, std::int64_t rank) {
+template <class = Deferred>
+std::vector<LocalMemory> local_memory(StateDict const& state, std::int64_t rank) {
   std::vector<LocalMemory> parts;
   for (auto const& entry : state.entries()) {
     if (!entry.tensor) continue;
@@ -41,7 +44,8 @@ inline std::vector<LocalMemory> local_memory(StateDict const& state, std::int64_
 }
 
 // Whether two strided parts have a byte in common: both are sorted lists of runs, merged.
-inline bool runs_meet(LocalMemory const& a, LocalMemory const& b) {
+template <class = Deferred>
+bool runs_meet(LocalMemory const& a, LocalMemory const& b) {
   auto const runs = [](LocalMemory const& m) {
     std::vector<std::pair<std::uintptr_t, std::uintptr_t>> list;
     auto const& tensor = *m.entry->tensor;
@@ -65,7 +69,8 @@ inline bool runs_meet(LocalMemory const& a, LocalMemory const& b) {
 /// Ties that are visible in this rank's memory; the kept name is the first in name order, as Hugging Face's save_model keeps it.
 ///
 /// Throws    Error(overlapping_memory), naming both, for tensors that share memory in any other way
-inline std::vector<Tie> find_ties(StateDict const& state, std::int64_t rank) {
+template <class = Deferred>
+std::vector<Tie> find_ties(StateDict const& state, std::int64_t rank) {
   std::vector<detail::LocalMemory> parts = detail::local_memory(state, rank);
   std::sort(parts.begin(), parts.end(), [](auto const& a, auto const& b) { return a.begin != b.begin ? a.begin < b.begin : a.entry->name < b.entry->name; });
   std::vector<Tie> ties;
@@ -91,7 +96,8 @@ inline std::vector<Tie> find_ties(StateDict const& state, std::int64_t rank) {
 }
 
 /// Whether this rank may speak against a tie: it holds elements of the tensor.
-inline bool has_elements(Layout const& layout, std::int64_t rank) {
+template <class = Deferred>
+bool has_elements(Layout const& layout, std::int64_t rank) {
   auto const box = layout.everywhere ? std::optional{Box::whole(layout.shape)} : box_of_rank(layout, rank);
   return box && !box->empty();
 }

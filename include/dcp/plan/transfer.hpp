@@ -44,14 +44,14 @@ struct Transfer {
     }
     return offset + bytes_of(dtype, at);
   }
-  /// File positions that the elements lie between.
-  std::uint64_t file_begin() const { return position_of(begin); }
+  /// File positions that the elements lie between; both are `offset` if there are none.
+  std::uint64_t file_begin() const { return begin == end ? offset : position_of(begin); }
   std::uint64_t file_end() const { return begin == end ? file_begin() : position_of(end - 1) + bytes_of_one(); }
 
   /// How many elements of the box lie before file position `position`, clamped to [begin, end]. A position inside an element
   /// counts the element as before.
   std::int64_t elements_before(std::uint64_t position) const {
-    if (position <= offset) return begin;
+    if (position <= offset || begin == end) return begin;
     std::int64_t rest = static_cast<std::int64_t>(ceil_div<std::uint64_t>((position - offset) * 8, static_cast<std::uint64_t>(bits_of(dtype))));
     std::int64_t inner = shape.elements(), count = 0;
     for (int d = 0; d < shape.rank() && rest > 0; ++d) {

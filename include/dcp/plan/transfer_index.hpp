@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -38,14 +39,32 @@ class TransferIndex {
   /// element exactly once.
   template <class Visit>
   void for_each_in(std::uint32_t file, FileRange window, Visit visit) const {
-    auto const first = std::partition_point(transfers_.begin(), transfers_.end(), [&](Transfer const& t) {
-      if (t.file != file) return t.file < file;
-      return extents_[static_cast<std::size_t>(&t - transfers_.data())].end <= window.begin;
-    });
-    for (auto at = static_cast<std::size_t>(first - transfers_.begin()); at < transfers_.size() && transfers_[at].file == file && extents_[at].begin < window.end; ++at) {
+    for_each_near(file, window, [&](std::uint32_t at) {
       std::int64_t const from = transfers_[at].elements_before(window.begin), to = transfers_[at].elements_before(window.end);
-      if (from < to) visit(static_cast<std::uint32_t>(at), from, to);
-    }
+      if (from < to) visit(at, from, to);
+    });
+  }
+
+  /// The same for the elements that have a byte in the window.
+  template <class Visit>
+  void for_each_touching(std::uint32_t file, FileRange window, Visit visit) const {
+    for_each_near(file, window, [&](std::uint32_t at) {
+      std::int64_t const from = first_touching(at, window.begin), to = transfers_[at].elements_before(window.end);
+      if (from < to) visit(at, from, to);
+    });
+  }
+
+  /// Copies the bytes that transfer `at` has in `range` from memory to `out`, at their distance from the begin of the range. Returns
+  /// their number.
+  std::uint64_t gather(std::uint32_t at, FileRange range, std::byte* out) const {
+    std::uint64_t total = 0;
+    transfers_[at].for_each_run(first_touching(at, range.begin), transfers_[at].elements_before(range.end), [&](std::uint64_t position, std::byte const* memory, std::size_t bytes) {
+      std::uint64_t const begin = std::max(position, range.begin), end = std::min(position + bytes, range.end);
+      if (begin >= end) return;
+      std::memcpy(out + (begin - range.begin), memory + (begin - position), static_cast<std::size_t>(end - begin));
+      total += end - begin;
+    });
+    return total;
   }
 
   /// The windows of `bytes` bytes, on the grid, in which a transfer has elements.
@@ -60,6 +79,23 @@ class TransferIndex {
   }
 
  private:
+  template <class Visit>
+  void for_each_near(std::uint32_t file, FileRange window, Visit visit) const {
+    auto const first = std::partition_point(transfers_.begin(), transfers_.end(), [&](Transfer const& t) {
+      if (t.file != file) return t.file < file;
+      return extents_[static_cast<std::size_t>(&t - transfers_.data())].end <= window.begin;
+    });
+    for (auto at = static_cast<std::size_t>(first - transfers_.begin()); at < transfers_.size() && transfers_[at].file == file && extents_[at].begin < window.end; ++at)
+      visit(static_cast<std::uint32_t>(at));
+  }
+  // elements_before counts an element that the position cuts as before it; that one touches what follows.
+  std::int64_t first_touching(std::uint32_t at, std::uint64_t position) const {
+    Transfer const& transfer = transfers_[at];
+    std::int64_t const element = transfer.elements_before(position);
+    if (element <= transfer.begin || element > transfer.end) return element;
+    return transfer.position_of(element - 1) + static_cast<std::uint64_t>(bits_of(transfer.dtype)) / 8 > position ? element - 1 : element;
+  }
+
   std::vector<Transfer> transfers_;
   std::vector<FileRange> extents_;
 };

@@ -6,6 +6,7 @@
 //             go straight to their final positions; nothing is gathered or consolidated
 //   sharded   shard-<rank + 1>-model-... per rank, with DCP_SHARDING_INFO, as PyTorch's HuggingFaceStorageWriter writes them
 
+#include <dcp/base/config.hpp>
 #include <dcp/formats/hf_index.hpp>
 #include <dcp/formats/safetensors_header.hpp>
 #include <dcp/media/local_fs.hpp>
@@ -53,11 +54,13 @@ struct SafeTensorsOptions {
 namespace detail {
 
 /// Whether `name` is `prefix` or begins with it and a dot.
-inline bool under_prefix(std::string_view name, std::string_view prefix) {
+template <class = Deferred>
+bool under_prefix(std::string_view name, std::string_view prefix) {
   return prefix.empty() || (name.starts_with(prefix) && (name.size() == prefix.size() || name[prefix.size()] == '.'));
 }
 
-inline std::string normal_directory(std::string const& directory) {
+template <class = Deferred>
+std::string normal_directory(std::string const& directory) {
   std::string out;
   for (std::size_t at = 0; at <= directory.size();) {
     auto const slash = std::min(directory.find('/', at), directory.size());
@@ -70,6 +73,7 @@ inline std::string normal_directory(std::string const& directory) {
   return out;
 }
 
+template <class = Deferred>
 class SafeTensorsDriver final : public AnyStorage {
  public:
   explicit SafeTensorsDriver(SafeTensorsOptions options) : options_{std::move(options)} {
@@ -440,7 +444,7 @@ struct BasicSafeTensors {
   using Medium = M;
   using Place = typename MediumPlace<M>::type;
   using Options = SafeTensorsOptions;
-  static std::unique_ptr<AnyStorage> open(Options const& options) { return std::make_unique<detail::SafeTensorsDriver>(options); }
+  static std::unique_ptr<AnyStorage> open(Options const& options) { return std::make_unique<detail::SafeTensorsDriver<>>(options); }
   static PlaceRef locate(Place const& place) { return MediumPlace<M>::locate(place); }
 };
 
