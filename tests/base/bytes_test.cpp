@@ -48,6 +48,17 @@ TEST_CASE("ByteReader: past the end there are zeros, and ok() stays false") {
   CHECK_FALSE(empty.done());
 }
 
+TEST_CASE("ByteReader: any byte is a bool") {
+  Bytes const bytes{std::byte{0}, std::byte{1}, std::byte{23}};
+  ByteReader in{bytes};
+  CHECK_FALSE(in.number<bool>());
+  CHECK(in.number<bool>());
+  CHECK(in.number<bool>());
+  CHECK(in.done());
+  CHECK_FALSE(in.number<bool>());
+  CHECK_FALSE(in.ok());
+}
+
 TEST_CASE("load_little_endian: reads at any address") {
   Bytes const bytes{std::byte{9}, std::byte{1}, std::byte{2}, std::byte{3}, std::byte{4}};
   CHECK(load_little_endian<std::uint32_t>(bytes.data() + 1) == 0x04030201);

@@ -85,6 +85,6 @@ TEST_CASE("TensorView: slices view parts of the same memory") {
   CHECK(columns.strides() == Extents{7, 1});
   CHECK(corner.data() == memory.data() + 20);
   CHECK(whole.slice(0, 5, 5).shape() == Extents{0, 7});
-  for (auto const& [dim, begin, end] : std::vector<std::array<std::int64_t, 3>>{{2, 0, 1}, {-1, 0, 1}, {0, -1, 2}, {0, 3, 2}, {0, 0, 6}})
-    CHECK(refusal([&] { static_cast<void>(whole.slice(static_cast<int>(dim), begin, end)); }).find("of a tensor [5, 7]") != std::string::npos);
+  for (auto const& cut : std::vector<std::array<std::int64_t, 3>>{{2, 0, 1}, {-1, 0, 1}, {0, -1, 2}, {0, 3, 2}, {0, 0, 6}})
+    CHECK(refusal([&] { static_cast<void>(whole.slice(static_cast<int>(cut[0]), cut[1], cut[2])); }).find("of a tensor [5, 7]") != std::string::npos);
 }

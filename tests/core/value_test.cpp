@@ -30,7 +30,7 @@ std::string json(T const& object) {
   return to_json(encoded(object));
 }
 
-static_assert(!detail::has_value_ops<long double> && !detail::has_value_ops<void*> && !detail::has_value_ops<std::vector<std::string>> && detail::has_value_ops<std::vector<bool>>);
+static_assert(!detail::is_value<long double> && !detail::is_value<void*> && !detail::is_value<std::vector<std::string>> && detail::is_value<std::vector<bool>>);
 static_assert(detail::value_ops<std::vector<std::byte>>()->kind == ValueKind::bytes && detail::value_ops<std::vector<char>>()->kind == ValueKind::array);
 static_assert(detail::value_ops<char16_t>()->dtype == DType::u16 && detail::value_ops<long long>()->dtype == DType::i64);
 }  // namespace

@@ -5,6 +5,12 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <random>
+#include <string>
+#include <vector>
+
 using namespace dcp;
 using golden::outcome;
 
@@ -76,6 +82,69 @@ TEST_CASE("read_json: the wrong byte is found wherever it stands") {
       }
     }
   }
+}
+
+TEST_CASE("read_json: numbers, strings and words are those of the grammar, and the first byte that is not is named") {
+  for (std::string const json : {"0", "-0", "0.0", "-1.5e-3", "1E+2", "0e0", "1e-400", "0.0001e310", "0e999999999999999999999", "1e-999999999999999999999", "true", "false", "null", " \"\" ", "[]", "{}",
+                                 "[ ]", "{ }", R"("\"\\\/\b\f\n\r\t")", R"("\u0000\uD83d\uDE80\u00e9")", "\"\x7f\"", "\t\r\n [\t1\r,\n2 ]"})
+    CHECK_MESSAGE(outcome_of(json) == "ok", json);
+  struct Bad {
+    std::string json;
+    std::size_t position;
+  };
+  for (auto const& [json, position] : std::vector<Bad>{{"", 0},           {" ", 1},         {"01", 1},        {"-", 1},           {"-a", 1},        {"+1", 0},      {".5", 0},      {"1.", 2},
+                                                       {"1.e1", 2},       {"1e", 2},        {"1e+", 3},       {"0x1", 1},         {"1 2", 2},       {"tru", 3},     {"truE", 3},    {"nan", 1},
+                                                       {"[1,]", 3},       {"[,1]", 1},      {"[1", 2},        {"[1 2]", 3},       {"[}", 1},        {"{]", 1},      {"{\"a\"}", 4}, {"{\"a\":}", 5},
+                                                       {"{\"a\":1,}", 7}, {"{a:1}", 1},     {"{1:1}", 1},     {"[] x", 3},        {"]", 0},         {"'a'", 0},     {"\"a", 2},     {"\"\\x\"", 2},
+                                                       {"\"a\nb\"", 2},  {"\"\x1f\"", 1}, {"\"\\u12g4\"", 5}, {"/**/1", 0}, {"\"\\ud800\"", 7}, {"\"\\ud800\\n\"", 8}, {"\"\\udc00\"", 3},
+                                                       {"\"\\ud800\\ud800\"", 9}, {"[0,1e400]", 3}, {"-1e309", 0}, {"0.001e312", 0}, {"1e999999999999999999999", 0}, {std::string(400, '9'), 0}}) {
+    CAPTURE(json);
+    try {
+      events_of(json);
+      FAIL("accepted");
+    } catch (Error const& error) {
+      CHECK(error.code() == ErrorCode::bad_json);
+      CHECK_MESSAGE(error.message().find("(byte " + std::to_string(position) + " of ") != std::string::npos, error.message());
+    }
+  }
+}
+
+TEST_CASE("read_json: escapes become the characters they stand for, at every distance from the start") {
+  for (std::size_t before = 0; before < 20; ++before) {
+    std::string const x(before, 'x');
+    CHECK(events_of("\"" + x + R"(\u00E9\ud83d\ude80\u20aC\/\t\u0041)" + x + "\"") == x + "\xc3\xa9\xf0\x9f\x9a\x80\xe2\x82\xac/\tA" + x + ' ');
+  }
+}
+
+TEST_CASE("law: read_json accepts what nlohmann's parser accepts, and hears the same strings") {
+  std::uint64_t const seed = std::random_device{}();
+  CAPTURE(seed);
+  std::mt19937_64 random{seed};
+  auto const below = [&](std::size_t n) { return static_cast<std::size_t>(random() % n); };
+  std::vector<std::string> const parts{"{", "}", "[", "]", ",", ":", "\"", "\"a\"", "\"b\\n\"", "\\", "\\u", "d800", "\\udc00", "00e9", "0", "-", "1", "12", ".", "e", "E+", "5", "300",
+                                       "true", "false", "null", "nul", " ", "\n", "\t", "\x01", "\xc3\xa9", "[1,2.5,{}]", "{\"k\":\"v\"}", "{\"k\":[", "\"x", "\":"};
+  int accepted = 0;
+  for (int round = 0; round < 60'000; ++round) {
+    std::string json;
+    if (below(2) == 0) {   // random parts
+      for (std::size_t n = below(9) + 1; n-- > 0;) json += parts[below(parts.size())];
+    } else {               // good text, one place of it replaced
+      json = R"({"a":[1,-2.5e3,"x\u00e9\ud83d\ude80y",true,null],"b":{"c":{},"d":[]}, "e" : 0 })";
+      json.replace(below(json.size()), below(3), below(3) == 0 ? std::string{} : parts[below(parts.size())]);
+    }
+    CAPTURE(json);
+    bool const expected = nlohmann::json::accept(json);
+    REQUIRE((outcome_of(json) == "ok") == expected);
+    accepted += expected ? 1 : 0;
+    if (!expected) continue;
+    std::string const strings = events_of('[' + json + ']');
+    auto const find = [&](auto const& self, nlohmann::json const& value) -> void {
+      if (value.is_string()) CHECK(strings.find(value.get<std::string>()) != std::string::npos);
+      if (value.is_structured()) for (auto const& item : value) self(self, item);
+    };
+    find(find, nlohmann::json::parse(json));
+  }
+  CHECK(accepted > 1000);
 }
 
 TEST_CASE("shown: long names are cut between characters") {

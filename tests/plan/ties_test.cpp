@@ -61,7 +61,9 @@ TEST_CASE("find_ties: memory that overlaps in any other way is an error that nam
 TEST_CASE("find_ties: a tensor that overlaps one of tied tensors is found, though it comes later") {
   std::vector<float> memory(24);
   TensorView<float> const all{memory, {4, 6}};
-  CHECK(refusal({{"a", all}, {"b", all}, {"part", all.slice(0, 2, 3)}}).starts_with("a and part share memory"));
+  std::string const message = refusal({{"a", all}, {"b", all}, {"part", all.slice(0, 2, 3)}});
+  CHECK(message.starts_with("a and part share memory"));
+  CHECK(message.find("b and part") == std::string::npos);   // said once
 }
 
 TEST_CASE("find_ties: fused buffers interleave without overlapping") {
@@ -90,7 +92,7 @@ TEST_CASE("find_ties: parts without elements share nothing, wherever they point"
 TEST_CASE("law: tensors are reported to overlap exactly if they share an element, whatever their strides") {
   auto const seed = first_seed();
   int overlaps = 0;
-  for (std::uint64_t round = 0; round < 4000; ++round) {
+  for (std::uint64_t round = 0; round < 1500; ++round) {
     INFO("DCP_TEST_SEED=", seed + round);
     Random random{seed + round};
     std::vector<std::int16_t> memory(200);

@@ -6,6 +6,7 @@
 #include <dcp/core/layout.hpp>
 #include <dcp/core/sharded_tensor.hpp>
 
+#include <concepts>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
@@ -22,8 +23,8 @@ struct Held {
   template <int N>
   Held(DeviceMesh<N> const& mesh, Extents const& shape, T value = T{}) : memory(local_box<P>(mesh, shape).size(), value), tensor{mesh, shape, memory} {}
   /// Padded before it was split; the memory holds the padding too.
-  template <int N>
-  Held(DeviceMesh<N> const& mesh, Padded const& shape, T value = T{}) : memory(local_box<P>(mesh, shape).size(), value), tensor{mesh, shape, memory} {}
+  template <int N, std::same_as<Padded> Shape>
+  Held(DeviceMesh<N> const& mesh, Shape const& shape, T value = T{}) : memory(local_box<P>(mesh, shape).size(), value), tensor{mesh, shape, memory} {}
   Held(Held const&) = delete;   // the tensor views the memory of this object
   Held& operator=(Held const&) = delete;
 

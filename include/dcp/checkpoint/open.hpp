@@ -294,7 +294,12 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
   for (auto const& part : all_gather_bytes(comm, mine.bytes))
     for (ByteReader in{part}; !in.done() && in.ok();) found.push_back(decode_found_file(in.block()));
   opened.catalog = agree(comm, "load: headers", [&] {
-    Catalog catalog = storage.assemble(scan, std::move(found), opened.record ? &*opened.record : nullptr);
+    Catalog catalog;
+    try {
+      catalog = storage.assemble(scan, std::move(found), opened.record ? &*opened.record : nullptr);
+    } catch (Error& error) {
+      throw error.with_path(opened.directory);
+    }
     if (opened.record) {
       Problems problems;
       for (auto const& tensor : opened.record->tensors) {

@@ -132,7 +132,9 @@ class CommRef {
  public:
   template <class C>
     requires(!std::same_as<std::remove_cvref_t<C>, CommRef>)
-  CommRef(C& comm) : object_{&comm}, table_{table_for<C>()} {}
+  CommRef(C& comm) : object_{&comm}, table_{table_for<C>()} {
+    [[maybe_unused]] detail::a_communicator<C> check;
+  }
 
   int rank() const { return table_->rank(object_); }
   int size() const { return table_->size(object_); }
@@ -164,7 +166,6 @@ class CommRef {
   };
   template <class C>
   static constexpr Table const* table_for() {
-    [[maybe_unused]] detail::a_communicator<C> check;
     if constexpr (Communicator<C>) return &table_of<C>;
     else return nullptr;
   }

@@ -200,8 +200,9 @@ template <class P>
 struct a_placement {
   static_assert(is_placement<P>, "dcp: a layout is a dcp::Placement<...> (or a PlacementOn<...>); this type is none");
 };
-// Of what is no Placement: numbers that raise no second complaint. Variables, since clang++ finds a function that meets an error
-// "not a constant expression" once more.
+template <class... Rules>
+struct a_placement<Placement<Rules...>> : placement_checks<Rules...> {};
+// Of what is no Placement: numbers that raise no second complaint.
 template <class P, int Axes>
 inline constexpr int rules_given = Axes;
 template <class... Rules, int Axes>
@@ -209,11 +210,11 @@ inline constexpr int rules_given<Placement<Rules...>, Axes> = static_cast<int>(s
 template <class P>
 inline constexpr int needed_rank_of = 0;
 template <class... Rules>
-inline constexpr int needed_rank_of<Placement<Rules...>> = Placement<Rules...>::needed_rank;
+inline constexpr int needed_rank_of<Placement<Rules...>> = needed_rank(rules_of<Rules...>);
 template <class P>
 inline constexpr int partial_axes_of = 0;
 template <class... Rules>
-inline constexpr int partial_axes_of<Placement<Rules...>> = Placement<Rules...>::partial_axes;
+inline constexpr int partial_axes_of<Placement<Rules...>> = partial_axes(rules_of<Rules...>);
 template <int Rules, int Axes>
 struct one_rule_per_axis {
   static_assert(Rules == Axes, "dcp: a Placement lists one rule per mesh axis; write Replicate for the axes it ignores [rules given == mesh axes]");
@@ -267,16 +268,22 @@ constexpr Box nothing_of(Extents const& shape) {
 /// Example   std::vector<float> memory(dcp::local_box<Placement<Shard<0>>>(mesh, {7, 3}).size());   // rank 3 of 4: [1, 3] at [6, 0]
 template <class P, int N>
 constexpr Box local_box(DeviceMesh<N> const& mesh, Extents const& shape) {
+  [[maybe_unused]] detail::a_placement<P> placement;   // here as well: the fewer calls between, the shorter the compiler's message
+  [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
   return box_of_rank(layout_of<P>(mesh, shape), mesh.rank()).value_or(nothing_of(shape));
 }
 template <class P, int N, std::size_t K>
 constexpr Box local_box(DeviceMesh<N> const& mesh, std::int64_t const (&shape)[K]) {
+  [[maybe_unused]] detail::a_placement<P> placement;
+  [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
   [[maybe_unused]] detail::dims_exist<static_cast<int>(K), detail::needed_rank_of<P>> dims;
   return local_box<P>(mesh, Extents{shape});
 }
 /// The same with the padding that is split along: what to allocate for a padded tensor.
 template <class P, int N>
 constexpr Box local_box(DeviceMesh<N> const& mesh, Padded const& shape) {
+  [[maybe_unused]] detail::a_placement<P> placement;
+  [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
   Layout const layout = layout_of<P>(mesh, shape);
   auto const coordinate = layout.mesh.coordinate_of(mesh.rank());
   return coordinate ? padded_box_at(layout, *coordinate) : nothing_of(shape.padded);

@@ -167,6 +167,7 @@ class StateDict {
   template <class T>
     requires(detail::HasState<T> && !std::is_same_v<std::remove_cv_t<T>, StateDict>)
   StateDict(T& object) {
+    [[maybe_unused]] detail::state_returns_a_state_dict<decltype(object.state())> check;
     add_object(std::string{}, object);
   }
   template <class Name, class T>
@@ -236,9 +237,7 @@ class StateDict {
   }
   template <class T>
   void add_object(std::string const& name, T& object) {
-    using Returned = decltype(object.state());
-    [[maybe_unused]] detail::state_returns_a_state_dict<Returned> check;
-    if constexpr (std::is_same_v<Returned, StateDict>) append(name, object.state());
+    if constexpr (std::is_same_v<decltype(object.state()), StateDict>) append(name, object.state());
     if constexpr (detail::HasAfterLoad<T>) hooks_.push_back({name, &object, [](void* o) { static_cast<T*>(o)->after_load(); }});
   }
 
@@ -276,6 +275,7 @@ void Entry::add_to(StateDict& state, std::string const& name, void* object) {
       state.add_value(name, {const_cast<void*>(static_cast<void const*>(x.object)), detail::value_ops<std::remove_const_t<Object>>(), true, x.policy});
     }
   } else if constexpr (detail::HasState<T>) {
+    [[maybe_unused]] detail::state_returns_a_state_dict<decltype(x.state())> check;
     state.add_object(name, x);
   } else if constexpr (detail::is_value<T>) {
     state.add_value(name, {&x, detail::value_ops<T>(), false, RankPolicy::fail});

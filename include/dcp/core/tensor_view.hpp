@@ -48,10 +48,14 @@ class TensorView : detail::an_element_type<T> {
 
   TensorView() = default;
   template <class M>
-  TensorView(M&& memory, Extents const& shape) : TensorView{memory_of(memory), shape, row_major_strides(shape)} {}
+  TensorView(M&& memory, Extents const& shape) : TensorView{memory_of(memory), shape, row_major_strides(shape)} {
+    [[maybe_unused]] detail::memory_of_type<T, std::remove_reference_t<M>> check;
+  }
   /// `strides`: distance in elements between neighbours in each dimension; a row pitch is strides[0].
   template <class M>
-  TensorView(M&& memory, Extents const& shape, Extents const& strides) : TensorView{memory_of(memory), shape, strides} {}
+  TensorView(M&& memory, Extents const& shape, Extents const& strides) : TensorView{memory_of(memory), shape, strides} {
+    [[maybe_unused]] detail::memory_of_type<T, std::remove_reference_t<M>> check;
+  }
 
   storage_of<T>* data() const { return data_; }
   Extents const& shape() const { return shape_; }
@@ -77,7 +81,6 @@ class TensorView : detail::an_element_type<T> {
   };
   template <class M>
   static Units memory_of(M& memory) {
-    [[maybe_unused]] detail::memory_of_type<T, M> check;
     if constexpr (std::is_constructible_v<std::span<storage_of<T>>, M&>) return {std::span<storage_of<T>>{memory}};
     else return {};
   }

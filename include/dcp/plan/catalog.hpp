@@ -31,6 +31,7 @@ struct FoundTensor {
 struct FoundFile {
   std::string path;
   std::uint64_t size = 0;
+  std::uint64_t version = 0;  // of the medium's, to notice that the file was replaced after its header was read
   bool pieces = false;      // whether the file says that its tensors are pieces of larger ones
   std::vector<FoundTensor> tensors;
   std::vector<Tie> ties;
@@ -38,7 +39,7 @@ struct FoundFile {
 
 struct CatalogFile {
   std::string path;
-  std::uint64_t size = 0;
+  std::uint64_t size = 0, version = 0;
 };
 struct StoredPiece {
   std::uint32_t file;
@@ -77,7 +78,7 @@ struct Catalog {
 template <class = Deferred>
 Bytes encode(FoundFile const& file) {
   ByteWriter out;
-  out.text(file.path).number(file.size).number(file.pieces).number<std::uint64_t>(file.tensors.size());
+  out.text(file.path).number(file.size).number(file.version).number(file.pieces).number<std::uint64_t>(file.tensors.size());
   for (auto const& t : file.tensors) {
     out.text(t.name).number(t.dtype).number(t.offset).number(t.shape.rank());
     for (int d = 0; d < t.shape.rank(); ++d) out.number(t.shape[d]).number(t.origin[d]);
@@ -90,7 +91,7 @@ template <class = Deferred>
 FoundFile decode_found_file(ConstByteSpan bytes) {
   ByteReader in{bytes};
   FoundFile file;
-  file.path = in.text(), file.size = in.number<std::uint64_t>(), file.pieces = in.number<bool>();
+  file.path = in.text(), file.size = in.number<std::uint64_t>(), file.version = in.number<std::uint64_t>(), file.pieces = in.number<bool>();
   for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
     FoundTensor& t = file.tensors.emplace_back();
     t.name = in.text(), t.dtype = in.number<DType>(), t.offset = in.number<std::uint64_t>();
@@ -195,7 +196,7 @@ Catalog assemble(std::vector<FoundFile> found) {
   Catalog catalog;
   std::vector<Reference> all;
   for (std::uint32_t f = 0; f < found.size(); ++f) {
-    catalog.files.push_back({found[f].path, found[f].size});
+    catalog.files.push_back({found[f].path, found[f].size, found[f].version});
     for (auto const& tensor : found[f].tensors) all.push_back({&tensor, f});
     catalog.ties.insert(catalog.ties.end(), found[f].ties.begin(), found[f].ties.end());
   }
