@@ -112,7 +112,8 @@ Occupant look_at(AnyMedium& medium, std::string const& place) {
   std::optional<CommitRecord> record;
   try {
     record = read_record(medium, place);
-  } catch (Error const&) {
+  } catch (Error const& error) {
+    if (error.code() == ErrorCode::io) throw;
     return {Occupant::Kind::foreign, std::nullopt};   // damaged, or of a newer format: not ours to judge
   }
   if (record && record->committed) return {Occupant::Kind::checkpoint, std::move(record)};

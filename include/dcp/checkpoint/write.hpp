@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -90,7 +91,11 @@ class Writer {
 
   void alive() {
     comm_.progress();
-    if (lease_ != nullptr) lease_->heartbeat();
+    try {
+      if (lease_ != nullptr) lease_->heartbeat();
+    } catch (Error const&) {
+      // The next beat may succeed, and where locks work they are what counts.
+    }
   }
 
   WritableFile& file(std::uint32_t f) {
@@ -137,20 +142,27 @@ class Writer {
     for (std::uint64_t next = 0; next < end;) {
       std::vector<SavePlan::Window> planned;
       std::uint64_t sent = 0, owned = 0, reach = next;
-      for (; reach < end; ++reach) {
-        WindowAt const at = window_at(reach);
-        SavePlan::Window window = plan_.window(at.file, at.range.begin, at.range.end);
-        std::uint64_t more_sent = 0, more_owned = 0;
-        for (auto const& part : window.outgoing) more_sent += part.range.size();
-        for (auto const& range : window.gathered) more_owned += range.size();
-        if (reach > next && (sent + more_sent > budget_.round_bytes || owned + more_owned > budget_.round_bytes)) break;
-        sent += more_sent, owned += more_owned;
-        planned.push_back(std::move(window));
-        if (reach % 256 == 0) alive();
+      std::exception_ptr failure;
+      try {
+        for (; reach < end; ++reach) {
+          WindowAt const at = window_at(reach);
+          SavePlan::Window window = plan_.window(at.file, at.range.begin, at.range.end);
+          std::uint64_t more_sent = 0, more_owned = 0;
+          for (auto const& part : window.outgoing) more_sent += part.range.size();
+          for (auto const& range : window.gathered) more_owned += range.size();
+          if (reach > next && (sent + more_sent > budget_.round_bytes || owned + more_owned > budget_.round_bytes)) break;
+          sent += more_sent, owned += more_owned;
+          planned.push_back(std::move(window));
+          if (reach % 256 == 0) alive();
+        }
+      } catch (...) {
+        // Nobody goes on without this rank: the round has no windows, and its agreement tells all why.
+        failure = std::current_exception();
+        reach = next;
       }
       std::uint64_t const horizon = all_reduce_min(comm_, reach);
       planned.resize(static_cast<std::size_t>(horizon - next));
-      round(next, planned);
+      round(next, planned, failure);
       for (std::size_t w = 0; w < planned.size(); ++w)
         for (auto const& range : planned[w].direct) direct_.push_back({window_at(next + w).file, range});
       next = horizon;
@@ -167,10 +179,11 @@ class Writer {
     if (size > 0) direct_.push_back({f, {0, size}});
   }
 
-  void round(std::uint64_t first, std::vector<SavePlan::Window> const& windows) {
+  void round(std::uint64_t first, std::vector<SavePlan::Window> const& windows, std::exception_ptr const& failure) {
     std::vector<Segment> segments;
     std::vector<Message> outgoing;
     agree(comm_, "save: exchange", [&] {
+      if (failure) std::rethrow_exception(failure);
       std::map<std::int64_t, ByteWriter> messages;
       Bytes run;
       for (std::size_t w = 0; w < windows.size(); ++w) {
