@@ -161,17 +161,12 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
     for (auto& ranges : loaded) std::sort(ranges.begin(), ranges.end(), [](FileRange const& a, FileRange const& b) { return a.begin < b.begin; });
     Reader<> reader{comm, medium, opened, std::move(plan.reads.transfers), std::move(plan.reads.purposes), std::move(loaded), settings, watch};
     // Files are opened first and the record is looked at after that: if it is still the same, so is what was opened.
-    bool const same = agree(comm, "load: open", [&] {
-      try {
-        reader.open_files();
-      } catch (Error const& error) {
-        if (!opened.record || error.code() != ErrorCode::missing_file) throw;
-      }
-      if (!opened.record) return true;
+    agree(comm, "load: open", [&] {
+      reader.open_files();
+      if (!opened.record) return;
       auto const now = read_record(medium, locate_checkpoint(medium, place.path).directory);
-      return now && now->id == opened.record->id;
+      if (!now || now->id != opened.record->id) throw Error{ErrorCode::io, "the checkpoint was replaced while it was being opened"}.with_path(place.path);
     });
-    if (all_reduce_min(comm, same ? 1 : 0) == 0) throw Error{ErrorCode::io, "the checkpoint was replaced while it was being opened"}.with_path(place.path);
     agree(comm, "load: read", [&] {
       for (std::size_t t = 0; t < agreed.tensors.size(); ++t)
         if (plan.comparison.tensors[t].how == WantedTensor::How::zero && agreed.local_tensors[t] != nullptr)
