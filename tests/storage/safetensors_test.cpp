@@ -315,7 +315,8 @@ TEST_CASE("sharded layout: one file per rank, PyTorch's sharding info, every ele
   int empty_tensors = 0;
   for (auto const& [name, text] : files) {
     if (!name.ends_with(".safetensors")) continue;
-    CAPTURE(name);
+    auto const& shown_name = name;   // older clang++ does not capture bindings
+    CAPTURE(shown_name);
     auto const header = header_of(text);
     CHECK(header.data_begin % 4096 == 0);
     CHECK(header.find_metadata("format") == "pt");
@@ -338,7 +339,8 @@ TEST_CASE("sharded layout: one file per rank, PyTorch's sharding info, every ele
   }
   CHECK(empty_tensors == 1);
   for (auto const& [name, counts] : times) {
-    CAPTURE(name);
+    auto const& shown_name = name;   // older clang++ does not capture bindings
+    CAPTURE(shown_name);
     CHECK(std::all_of(counts.begin(), counts.end(), [](int n) { return n == 1; }));
   }
   // PyTorch's reader takes the directory as it is; so does ours without the record.
@@ -440,7 +442,8 @@ TEST_CASE("the same state gives the same files, byte for byte, whatever ranks, m
       if (first.empty()) first = files;
       CHECK(names_of(files) == names_of(first));
       for (auto const& [name, bytes] : files) {
-        CAPTURE(name);
+        auto const& shown_name = name;   // older clang++ does not capture bindings
+        CAPTURE(shown_name);
         CHECK((bytes == first.at(name)));
       }
     }
