@@ -227,7 +227,11 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
         throw Error{ErrorCode::unsupported, "the checkpoint was saved as " + files.storage + ", and is loaded as " + std::string{storage.name()}}.with_path(located.directory);
     }
     CommitRecord record;
-    if (located.has_record) record = parse_record(record_bytes, large);
+    try {
+      if (located.has_record) record = parse_record(record_bytes, large);
+    } catch (Error& error) {
+      throw error.with_path(located.directory + '/' + std::string{record_name});
+    }
     Scan scan = storage.scan(medium, located.directory, located.has_record ? &record : nullptr);
     scan.warnings.insert(scan.warnings.begin(), located.warnings.begin(), located.warnings.end());
     out.number(located.has_record).block(record_bytes).block(large).block(encode(scan));
@@ -310,7 +314,11 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
           problems.add(ErrorCode::corrupt, tensor.name + ": the commit record says " + to_string(tensor.shape) + ' ' + std::string{to_string(tensor.dtype)} + ", the files say " + to_string(stored->shape) + ' ' + std::string{to_string(stored->dtype)});
       }
       if (problems.empty() && catalog.tensors.size() != opened.record->tensors.size()) problems.add(ErrorCode::corrupt, "the files hold other tensors than the commit record lists");
-      problems.raise();
+      try {
+        problems.raise();
+      } catch (Error& error) {
+        throw error.with_path(opened.directory + '/' + std::string{record_name});
+      }
       catalog.values = opened.record->values;
       std::sort(catalog.values.begin(), catalog.values.end(), [](auto const& a, auto const& b) { return a.first < b.first; });
       catalog.ties.clear();

@@ -111,6 +111,13 @@ void require_inside(std::string const& path) {
   if (!safe) throw Error{ErrorCode::unsafe_path, "the commit record lists the file " + json_quoted(path) + ", which does not stay inside the checkpoint"};
 }
 
+// The JSON library turns -1 into 2^64 - 1 without a word.
+template <class = Deferred>
+std::uint64_t natural(nlohmann::json const& item) {
+  if (!item.is_number_unsigned()) bad_record("a number that counts something is " + item.dump());
+  return item.get<std::uint64_t>();
+}
+
 template <class = Deferred>
 void append_number(nlohmann::json const& item, DType dtype, Bytes& out) {
   bool fits = false;
@@ -198,7 +205,7 @@ Value parse_value(nlohmann::json const& from, ConstByteSpan large) {
     return value;
   }
   if (from.contains("at")) {
-    auto const offset = from.at("at").at(0).get<std::uint64_t>(), size = from.at("at").at(1).get<std::uint64_t>();
+    auto const offset = natural(from.at("at").at(0)), size = natural(from.at("at").at(1));
     if (offset > large.size() || size > large.size() - offset) bad_record("a value lies outside " + std::string{values_name});
     auto const payload = large.subspan(static_cast<std::size_t>(offset), static_cast<std::size_t>(size));
     value.payload.assign(payload.begin(), payload.end());
@@ -288,21 +295,21 @@ CommitRecord parse_record(ConstByteSpan bytes, ConstByteSpan large, bool with_va
   }
   try {
     if (!json.is_object() || !json.contains("dcp_crc64") || !json.contains("format")) detail::bad_record("it is JSON of another kind");
-    if (json.at("format").get<std::int64_t>() > record_format)
+    if (detail::natural(json.at("format")) > record_format)
       throw Error{ErrorCode::bad_version, "the checkpoint has record format " + json.at("format").dump() + ", and this library reads up to " + std::to_string(record_format)}.with_hint("read it with a newer version of dcp");
     auto const line = text.find('\n');
     std::uint64_t crc = 0;
     if (line == std::string_view::npos || !parse_hex16(json.at("dcp_crc64").get<std::string>(), crc)) detail::bad_record("it does not begin with its checksum");
     if (crc != crc64(as_byte_span(text.substr(line + 1)))) throw Error{ErrorCode::corrupt, "the commit record does not have the checksum that stands in its first line"};
-    if (json.at("chunk_bytes").get<std::uint64_t>() != chunk_bytes) detail::bad_record("chunks of another size");
+    if (detail::natural(json.at("chunk_bytes")) != chunk_bytes) detail::bad_record("chunks of another size");
     CommitRecord record;
     record.id = json.at("id").get<std::string>();
-    record.sequence = json.at("sequence").get<std::uint64_t>();
+    record.sequence = detail::natural(json.at("sequence"));
     record.committed = json.at("state").get<std::string>() == "committed";
     record.storage = json.at("storage").get<std::string>();
     record.file_layout = json.at("file_layout").get<std::string>();
     for (auto const& f : json.at("files")) {
-      RecordFile file{f.at("path").get<std::string>(), f.at("size").get<std::uint64_t>(), 0, 0, f.value("data", false)};
+      RecordFile file{f.at("path").get<std::string>(), detail::natural(f.at("size")), 0, 0, f.value("data", false)};
       detail::require_inside(file.path);
       if (!record.files.empty() && file.path <= record.files.back().path) detail::bad_record("its files are not sorted by path, each once");
       if (!parse_hex16(f.at("crc64").get<std::string>(), file.crc) || !parse_hex16(f.at("chunks_crc64").get<std::string>(), file.table_crc)) detail::bad_record("a checksum");
