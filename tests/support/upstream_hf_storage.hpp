@@ -173,22 +173,17 @@ TEST_CASE("test_calculate_max_contiguous_elements_valid_cases: runs of a part in
     Extents position, part, tensor;
     std::int64_t expected;
   };
-  for (auto const& [position, part, tensor, expected] : std::vector<Case>{{{2}, {5}, {10}, 3},
-                                                                          {{1, 0}, {3, 4}, {6, 4}, 8},
-                                                                          {{1, 2}, {3, 4}, {6, 8}, 2},
-                                                                          {{1, 0, 0}, {3, 2, 4}, {5, 2, 4}, 16},
-                                                                          {{2, 3}, {3, 4}, {6, 8}, 1},
-                                                                          {{0, 0}, {2, 5}, {4, 5}, 10},
-                                                                          {{1, 0}, {3, 2}, {4, 8}, 2},
-                                                                          {{0, 0}, {2, 3}, {6, 10}, 3}}) {
-    CAPTURE(part);
-    CAPTURE(tensor);
-    auto const strides = row_major_strides(part);
-    std::int64_t const from = linear_origin({position, part}, strides);
+  std::vector<Case> const cases{{{2}, {5}, {10}, 3},          {{1, 0}, {3, 4}, {6, 4}, 8},  {{1, 2}, {3, 4}, {6, 8}, 2}, {{1, 0, 0}, {3, 2, 4}, {5, 2, 4}, 16},
+                                {{2, 3}, {3, 4}, {6, 8}, 1},  {{0, 0}, {2, 5}, {4, 5}, 10}, {{1, 0}, {3, 2}, {4, 8}, 2}, {{0, 0}, {2, 3}, {6, 10}, 3}};
+  for (auto const& one : cases) {
+    CAPTURE(one.part);
+    CAPTURE(one.tensor);
+    auto const strides = row_major_strides(one.part);
+    std::int64_t const from = linear_origin({one.position, one.part}, strides);
     std::vector<std::int64_t> runs;
-    for_each_run(part, row_major_strides(tensor), strides, from, part.elements(), [&](std::int64_t, std::int64_t, std::int64_t, std::int64_t length) { runs.push_back(length); });
+    for_each_run(one.part, row_major_strides(one.tensor), strides, from, one.part.elements(), [&](std::int64_t, std::int64_t, std::int64_t, std::int64_t length) { runs.push_back(length); });
     REQUIRE(!runs.empty());
-    CHECK(runs.front() == expected);
+    CHECK(runs.front() == one.expected);
   }
 }
 // Upstream: empty lists, lists of different lengths, a position outside and a part larger than the tensor are a ValueError each. Here such

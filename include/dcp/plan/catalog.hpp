@@ -183,7 +183,7 @@ bool any_overlap(std::vector<StoredPiece> const& pieces, Extents const& shape) {
 /// formats of pieces say.
 ///
 /// Rules     pieces of one tensor agree in dtype and rank, and cover it; of equal pieces the one in the lowest file name counts and
-///           the others are listed; pieces that overlap otherwise are all kept, to be compared when read
+///           the others are listed; pieces that overlap otherwise are warned of and all kept, to be compared when read
 /// Throws    Error(index_mismatch) for files that contradict each other, Error(incomplete), Error(overflow): all problems of all tensors
 ///           listed, the code that of the first
 template <class = Deferred>
@@ -253,7 +253,12 @@ Catalog assemble(std::vector<FoundFile> found) {
         for (auto const& piece : tensor.pieces) stored += piece.box.shape.elements();
       } else {
         std::vector<Box> missing{Box::whole(tensor.shape)}, rest;
-        for (auto const& piece : tensor.pieces) {
+        for (auto piece_at = tensor.pieces.begin(); piece_at != tensor.pieces.end(); ++piece_at) {
+          StoredPiece const& piece = *piece_at;
+          Box common;
+          auto const met = std::find_if(tensor.pieces.begin(), piece_at, [&](StoredPiece const& p) { return intersect(p.box, piece.box, common); });
+          if (met != piece_at)
+            catalog.warnings.push_back(first.name + " " + to_string(common) + " is stored twice: as part of " + to_string(met->box) + " in " + catalog.files[met->file].path + " (used), and of " + to_string(piece.box) + " in " + catalog.files[piece.file].path);
           rest.clear();
           for (auto const& box : missing) detail::subtract(box, piece.box, rest);
           std::swap(missing, rest);
