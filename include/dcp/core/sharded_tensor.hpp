@@ -23,12 +23,13 @@ struct shape_of_type<Shape<Sizes...>> {
   static constexpr int rank = Shape<Sizes...>::rank;
   static constexpr bool is_static = true;
 };
-template <class S, class P>
-struct a_static_shape : dims_exist<shape_of_type<S>::rank, needed_rank_of<P>> {
+template <class S>
+struct a_static_shape {
   static_assert(shape_of_type<S>::is_static, "dcp: as_shape<...> takes a dcp::Shape<...>, the global shape that the tensor should turn out to have");
-  // To go on with after a sentence.
-  using type = std::conditional_t<shape_of_type<S>::is_static && shape_of_type<S>::rank >= needed_rank_of<P>, S, AnyShape>;
 };
+// The shape that as_shape returns, or AnyShape to go on with after a sentence.
+template <class S, class P>
+using shape_that_fits = std::conditional_t<shape_of_type<S>::is_static && shape_of_type<S>::rank >= needed_rank_of<P>, S, AnyShape>;
 template <class S>
 struct a_shape {
   static_assert(std::is_same_v<S, AnyShape>, "dcp: the third argument of a ShardedTensor is a dcp::Shape<...>, or dcp::AnyShape when the shape is known at run time");
@@ -93,7 +94,7 @@ class ShardedTensor : detail::an_element_type<T>, detail::a_placement<P>, detail
   /// Global shape in the type.
   template <int N, class M>
     requires(!std::is_same_v<S, AnyShape>)
-  ShardedTensor(DeviceMesh<N> const& mesh, M&& memory) : ShardedTensor{layout_of<P>(mesh, Extents{std::span{S::sizes}}), mesh.rank(), memory} {
+  ShardedTensor(DeviceMesh<N> const& mesh, M&& memory) : ShardedTensor{layout_of<P>(mesh, Extents{std::span<std::int64_t const>{S::sizes}}), mesh.rank(), memory} {
     [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
   }
 
@@ -102,12 +103,14 @@ class ShardedTensor : detail::an_element_type<T>, detail::a_placement<P>, detail
     requires(std::is_same_v<S, AnyShape>)
   ShardedTensor(ShardedTensor<T, P, Shape<Sizes...>> const& other) : part_{other.part_} {}
   template <class To>
-  Result<ShardedTensor<T, P, typename detail::a_static_shape<To, P>::type>> as_shape() const {
+  Result<ShardedTensor<T, P, detail::shape_that_fits<To, P>>> as_shape() const {
+    [[maybe_unused]] detail::a_static_shape<To> check;
+    [[maybe_unused]] detail::dims_exist<detail::shape_of_type<To>::rank, detail::needed_rank_of<P>> dims;
     if constexpr (detail::shape_of_type<To>::is_static) {
-      if (Extents const wanted{std::span{To::sizes}}; !(wanted == shape()))
+      if (Extents const wanted{std::span<std::int64_t const>{To::sizes}}; !(wanted == shape()))
         return Error{ErrorCode::shape_mismatch, "a tensor of shape " + to_string(shape()) + " seen as one of " + to_string(wanted)};
     }
-    return ShardedTensor<T, P, typename detail::a_static_shape<To, P>::type>{part_};
+    return ShardedTensor<T, P, detail::shape_that_fits<To, P>>{part_};
   }
 
   storage_of<T>* data() const { return reinterpret_cast<storage_of<T>*>(part_.memory.data); }
