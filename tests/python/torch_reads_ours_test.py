@@ -25,28 +25,27 @@ def unread(dtype, shape):
     return torch.full((max(1, elements) * dtype.itemsize,), 0x5A, dtype=torch.uint8).view(dtype)[:elements].reshape(shape)
 
 
-def read(rank, place, expected, shape_of_mesh):
+def read(rank, place, expected, shape_of_mesh, turn):
     warnings.filterwarnings("ignore")
     mesh = init_device_mesh("cpu", shape_of_mesh)
-    for turn in range(3):   # other placements each time
-        state = {}
-        for index, (name, wanted) in enumerate(expected.items()):
-            dtype, shape = DTYPES[wanted["dtype"]], torch.Size(wanted["shape"])
-            if (index + turn) % 5 == 4:
-                state[name] = unread(dtype, shape)
-            else:
-                placements = placements_for(index + turn, len(shape), len(shape_of_mesh))
-                local_shape, _ = compute_local_shape_and_global_offset(shape, mesh, placements)
-                state[name] = DTensor.from_local(unread(dtype, local_shape), mesh, placements, run_check=False, shape=shape, stride=torch.empty(shape, device="meta").stride())
-        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(place)))
-        for name, wanted in expected.items():
-            tensor = state[name]
-            if isinstance(tensor, DTensor):
-                # Gathered as bytes: collectives do not know every dtype.
-                parts = [None] * dist.get_world_size()
-                dist.all_gather_object(parts, (tensor.to_local().contiguous().reshape(-1).view(torch.uint8), box_of(tensor)))
-                tensor = assembled(parts, wanted)
-            check(facts(tensor) == wanted, f"{place.name}, mesh {shape_of_mesh}, turn {turn}: {name} is {facts(tensor)}, expected {wanted}")
+    state = {}
+    for index, (name, wanted) in enumerate(expected.items()):
+        dtype, shape = DTYPES[wanted["dtype"]], torch.Size(wanted["shape"])
+        if (index + turn) % 5 == 4:
+            state[name] = unread(dtype, shape)
+        else:
+            placements = placements_for(index + turn, len(shape), len(shape_of_mesh))
+            local_shape, _ = compute_local_shape_and_global_offset(shape, mesh, placements)
+            state[name] = DTensor.from_local(unread(dtype, local_shape), mesh, placements, run_check=False, shape=shape, stride=torch.empty(shape, device="meta").stride())
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(place)))
+    for name, wanted in expected.items():
+        tensor = state[name]
+        if isinstance(tensor, DTensor):
+            # Gathered as bytes: collectives do not know every dtype.
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, (tensor.to_local().contiguous().reshape(-1).view(torch.uint8), box_of(tensor)))
+            tensor = assembled(parts, wanted)
+        check(facts(tensor) == wanted, f"{place.name}, mesh {shape_of_mesh}, turn {turn}: {name} is {facts(tensor)}, expected {wanted}")
 
 
 def box_of(tensor):
@@ -64,12 +63,14 @@ def assembled(parts, wanted):
 
 
 def main(directory):
+    turn = 0   # other placements each time
     for layout, writers, file_bytes in (("sharded", 1, 10**9), ("sharded", 3, 10**9), ("sharded", 4, 20_000), ("final", 4, 20_000)):
         place = directory / f"{layout}-{writers}-{file_bytes}"
         tool("write", layout, "torch", place, writers, file_bytes, directory / "expected.json")
         expected = read_json(directory / "expected.json")["tensors"]
         for mesh in ((1,), (2,), (4,), (2, 2)):
-            on_ranks(torch.Size(mesh).numel(), read, directory, place, expected, mesh)
+            on_ranks(torch.Size(mesh).numel(), read, directory, place, expected, mesh, turn)
+            turn += 1
 
 
 run(main)
