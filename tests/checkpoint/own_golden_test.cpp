@@ -58,7 +58,9 @@ TEST_CASE("every golden checkpoint of our own loads whole, verified to the last 
       CAPTURE(name);
       REQUIRE(state.values().contains(name));
       CHECK(std::string{to_string(state.values().at(name).kind)} == facts["kind"].get<std::string>());
-      CHECK(dcp::to_json(state.values().at(name)) == facts["json"].get<std::string>());
+      auto const text = dcp::to_json(state.values().at(name));
+      if (facts.contains("json")) CHECK(text == facts["json"].get<std::string>());
+      CHECK(dcp::test::sha256(dcp::as_byte_span(text)) == facts["sha256"].get<std::string>());
     }
   }
 }
