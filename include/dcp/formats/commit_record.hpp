@@ -17,6 +17,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string>
@@ -96,6 +97,19 @@ bool parse_bits(std::string const& text, std::size_t digits, std::uint64_t& bits
 
 template <class = Deferred>
 [[noreturn]] void bad_record(std::string const& what) { throw Error{ErrorCode::bad_schema, "the commit record is not as this library writes it: " + what}; }
+
+// Whoever can write a record must not thereby make others read outside the checkpoint.
+template <class = Deferred>
+void require_inside(std::string const& path) {
+  bool safe = !path.empty() && path.find('\0') == std::string::npos && path.find('\\') == std::string::npos;
+  for (std::size_t at = 0; safe && at <= path.size();) {
+    auto const slash = std::min(path.find('/', at), path.size());
+    auto const part = std::string_view{path}.substr(at, slash - at);
+    safe = !part.empty() && part != "." && part != "..";
+    at = slash + 1;
+  }
+  if (!safe) throw Error{ErrorCode::unsafe_path, "the commit record lists the file " + json_quoted(path) + ", which does not stay inside the checkpoint"};
+}
 
 template <class = Deferred>
 void append_number(nlohmann::json const& item, DType dtype, Bytes& out) {
@@ -289,6 +303,8 @@ CommitRecord parse_record(ConstByteSpan bytes, ConstByteSpan large, bool with_va
     record.file_layout = json.at("file_layout").get<std::string>();
     for (auto const& f : json.at("files")) {
       RecordFile file{f.at("path").get<std::string>(), f.at("size").get<std::uint64_t>(), 0, 0, f.value("data", false)};
+      detail::require_inside(file.path);
+      if (!record.files.empty() && file.path <= record.files.back().path) detail::bad_record("its files are not sorted by path, each once");
       if (!parse_hex16(f.at("crc64").get<std::string>(), file.crc) || !parse_hex16(f.at("chunks_crc64").get<std::string>(), file.table_crc)) detail::bad_record("a checksum");
       record.files.push_back(std::move(file));
     }
