@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // needs: mpi eigen
 // options: -ffp-contract=off
-// test: {mpirun 4} --mesh 2x2 --steps 3 --save-every 2 --checkpoint {tmp}/checkpoint
-// test: {mpirun 3} --mesh 1x3 --steps 2 --fast-sums
+// test: {mpirun 4} --mesh 2x2 --steps 3 --save-every 2 --checkpoint {tmp}/checkpoint {source}/README.md {source}/LICENSE
+// test: {mpirun 3} --mesh 1x3 --steps 2 --fast-sums {source}/README.md
 //
 // A byte-level language model, trained on real text: from the last 16 bytes it predicts the next one.
 //

@@ -86,7 +86,7 @@ every_build="units;mpi;examples"
 wrapper=()
 build_and_test gcc "all tests" g++ "$every_build;floors;headers;compile_fail;packaging;fuzz;python"
 if [ $mode != quick ]; then
-  build_and_test asan "the same code under the address and undefined-behaviour sanitizers" g++ "$every_build" -DDCP_SANITIZE="address;undefined"
+  build_and_test asan "the same code under the address and undefined-behaviour sanitizers" g++ "units;mpi" -DDCP_BUILD_EXAMPLES=OFF -DDCP_SANITIZE="address;undefined"
 
   # On kernels with much address space randomisation the thread sanitizer of some compilers starts only without it.
   probe=$(mktemp -d)
@@ -94,7 +94,7 @@ if [ $mode != quick ]; then
   if ! g++ -fsanitize=thread "$probe/main.cpp" -o "$probe/main" 2>/dev/null; then
     not_run+=("thread sanitizer (g++ cannot link with it)")
   elif "$probe/main" 2>/dev/null || { wrapper=(setarch "$(uname -m)" -R) && "${wrapper[@]}" "$probe/main" 2>/dev/null; }; then
-    build_and_test tsan "the same code under the thread sanitizer" g++ "$every_build" -DDCP_SANITIZE=thread
+    build_and_test tsan "the same code under the thread sanitizer" g++ "units" -DDCP_BUILD_EXAMPLES=OFF -DDCP_SANITIZE=thread
   else
     not_run+=("thread sanitizer (its programs do not start on this kernel)")
   fi
@@ -102,7 +102,7 @@ if [ $mode != quick ]; then
   rm -rf "$probe"
 
   if dcp_has clang; then
-    build_and_test clang "the same code compiled by clang++" clang++ "$every_build;packaging"
+    build_and_test clang "the same code compiled by clang++" clang++ "$every_build"
   else
     not_run+=("clang++ build (clang++ was not found)")
   fi

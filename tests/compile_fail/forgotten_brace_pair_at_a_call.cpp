@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// error: dcp: a state is a list of entries, and a brace pair is missing; write {{"name", x}}
+// error: dcp: a state is a list of entries, and a brace pair is missing; write {{
 #include <dcp/core/state_dict.hpp>
 
 void use(dcp::StateDict const&) {}

@@ -224,13 +224,14 @@ TEST_CASE("layouts: every rank's box is the one in the Hugging Face checkpoints 
   for (auto const& folder : std::filesystem::directory_iterator{std::filesystem::path{DCP_TESTS_DIR} / "golden/hf"}) {
     auto const expected = json_of(folder.path() / "expected.json");
     if (!expected.contains("placements")) continue;
-    for (auto const& [name, placements] : expected.at("placements").items()) {
+    for (auto const& item : expected.at("placements").items()) {
+      std::string const name = item.key();
       CAPTURE(folder.path().string());
       CAPTURE(name);
       Layout layout;
       layout.shape = layout.split_shape = Extents{expected.at("tensors").at(name).at("shape").get<std::vector<std::int64_t>>()};
       layout.mesh = mesh_from_lists(expected.at("meshes").at(name), expected.at("world_size"));
-      layout.rules = rules_from_text(placements.get<std::vector<std::string>>(), layout.mesh);
+      layout.rules = rules_from_text(item.value().get<std::vector<std::string>>(), layout.mesh);
       std::map<std::int64_t, Box> boxes;
       for (auto const& box : expected.at("shards").at(name))
         boxes[box.at("rank")] = {Extents{box.at("offsets").get<std::vector<std::int64_t>>()}, Extents{box.at("sizes").get<std::vector<std::int64_t>>()}};

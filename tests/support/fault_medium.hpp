@@ -163,6 +163,7 @@ class FaultyReadableFile final : public ReadableFile {
       : rules_{std::move(rules)}, inner_{std::move(inner)}, path_{std::move(path)} {}
 
   std::uint64_t size() const override { return inner_->size(); }
+  std::uint64_t version() const override { return inner_->version(); }
   void read_at(std::uint64_t offset, ByteSpan out) override {
     auto const verdict = rules_->before(Call::read, path_);
     auto const moved = verdict.bytes ? std::min(*verdict.bytes, out.size()) : verdict.system_error != 0 && !verdict.after ? 0 : out.size();

@@ -80,6 +80,7 @@ class ByteReader {
   template <class T>
     requires(std::is_arithmetic_v<T> || std::is_enum_v<T>)
   T number() {
+    if constexpr (std::is_same_v<T, bool>) return number<std::uint8_t>() != 0;   // a byte may be neither 0 nor 1
     T value{};
     if (rest_.size() < sizeof value) return ok_ = false, value;
     std::memcpy(&value, rest_.data(), sizeof value);

@@ -120,10 +120,9 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
   agree(comm, "load: agree", [&] { check_resources(settings.memory_bytes, settings.threads); });
   AgreedState const agreed = agree_state(comm, "load: agree", state, report.options, false);
 
-  constexpr int most_replacements = 8;   // of the place while it is being opened, before this is somebody's mistake
-  for (int attempt = 0;; ++attempt) {
+  return again_if_replaced(comm, medium, place.path, [&](Sighting& seen) {
     watch.enter("open");
-    OpenedCheckpoint opened = open_checkpoint(comm, storage, medium, place.path, settings.verify);
+    OpenedCheckpoint opened = open_checkpoint(comm, storage, medium, place.path, settings.verify, seen);
     Catalog const& catalog = opened.catalog;
 
     watch.enter("plan");
@@ -172,10 +171,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
       auto const now = read_record(medium, locate_checkpoint(medium, place.path).directory);
       return now && now->id == opened.record->id;
     });
-    if (all_reduce_min(comm, same ? 1 : 0) == 0) {
-      if (attempt < most_replacements) continue;
-      throw Error{ErrorCode::io, "the checkpoint is replaced again and again while it is being opened"}.with_path(place.path);
-    }
+    if (all_reduce_min(comm, same ? 1 : 0) == 0) throw Error{ErrorCode::io, "the checkpoint was replaced while it was being opened"}.with_path(place.path);
     agree(comm, "load: read", [&] {
       for (std::size_t t = 0; t < agreed.tensors.size(); ++t)
         if (plan.comparison.tensors[t].how == WantedTensor::How::zero && agreed.local_tensors[t] != nullptr)
@@ -188,6 +184,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
     });
     watch.enter("verify");
     reader.verify_together();
+    seen.complete = true;
 
     watch.enter("finish");
     agree(comm, "load: values", [&] {
@@ -234,7 +231,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
     report.verification_bytes = all_reduce_sum(comm, reader.verification_bytes + opened.verification_bytes);
     watch.collect(comm, report);
     return report;
-  }
+  });
 }
 
 }  // namespace detail

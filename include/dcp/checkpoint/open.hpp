@@ -113,6 +113,7 @@ Scan decode_scan(ByteReader in) {
 struct Located {
   std::string directory;
   bool has_record = false;
+  std::string id;   // in the record
   std::vector<std::string> warnings;
 };
 template <class = Deferred>
@@ -123,6 +124,9 @@ Located locate_checkpoint(AnyMedium& medium, std::string place) {
   EntryKind const kind = medium.kind(place);
   if (kind == EntryKind::missing) {
     auto const siblings = siblings_of(medium, place);
+    // One that cannot be read may be the newest: loading another in its stead would go back in time and not say so.
+    for (auto const& sibling : siblings)
+      if (sibling.failure) throw *sibling.failure;
     auto const* newest = newest_committed(siblings);
     if (newest == nullptr) {
       Error error{ErrorCode::not_found, "there is no checkpoint"};
@@ -137,8 +141,50 @@ Located locate_checkpoint(AnyMedium& medium, std::string place) {
   if (kind == EntryKind::other) throw Error{ErrorCode::not_found, "the place is neither a directory nor a file"}.with_path(place);
   auto const record = read_record(medium, located.directory);
   located.has_record = record.has_value();
+  if (record) located.id = record->id;
+  if (!record && medium.kind(located.directory + '/' + std::string{checksums_name}) == EntryKind::file)
+    throw Error{ErrorCode::corrupt, std::string{record_name} + " is missing; " + std::string{checksums_name} + ", which is written together with it, is there"}
+        .with_path(located.directory + '/' + std::string{record_name})
+        .with_hint("without both, the directory is loaded as a checkpoint that somebody else wrote: unverified");
   if (record && !record->committed) throw Error{ErrorCode::not_found, "the directory holds a save that was never committed"}.with_path(located.directory);
   return located;
+}
+
+/// What rank 0 has seen of a place while it was being opened and read.
+struct Sighting {
+  std::string id;              // of the record; empty if there was none, or none that could be read. On rank 0
+  bool complete = false;       // all was read: an error that comes now has another reason
+};
+
+/// The result of `once(sighting)`, which opens the place and reads from it. A checkpoint that is replaced meanwhile shows as any
+/// error at all (files gone, of another size, with other checksums): then all ranks start again. Collective.
+template <class F>
+auto again_if_replaced(CommRef comm, AnyMedium& medium, std::string const& place, F once) {
+  constexpr int most_replacements = 64;   // before this is somebody's mistake
+  for (int attempt = 0;; ++attempt) {
+    Sighting seen;
+    try {
+      return once(seen);
+    } catch (Error const& error) {
+      if (seen.complete || attempt == most_replacements) throw;
+      std::uint8_t replaced = 0;
+      if (comm.rank() == 0) {
+        std::string now;
+        try {
+          now = locate_checkpoint(medium, place).id;
+        } catch (Error const&) {
+          // Nothing that can be read.
+        }
+        replaced = now == seen.id ? 0 : 1;
+      }
+      try {
+        replaced = broadcast_value(comm, replaced, 0);
+      } catch (Error const&) {
+        throw error;   // a rank is gone, which is what `error` says too
+      }
+      if (replaced == 0) throw;
+    }
+  }
 }
 
 /// A chunk of a file, read and compared. Throws Error(corrupt).
@@ -149,21 +195,28 @@ void verify_chunk(ReadableFile& file, std::string const& path, std::uint64_t fil
   if (crc64(buffer) != expected) throw corrupt_chunk(path, file_size, chunk, tensors);
 }
 
+template <class = Deferred>
+void require_size(ReadableFile const& file, std::string const& path, std::uint64_t listed) {
+  if (file.size() != listed) throw Error{ErrorCode::corrupt, "the file has " + std::to_string(file.size()) + " bytes; the commit record says " + std::to_string(listed)}.with_path(path);
+}
+
 /// Collective. Touches no tensor memory.
 ///
 /// Throws    on all ranks the same Error: not_found; what storage and record say of malformed files; corrupt for sizes and headers that
 ///           differ from the commit record
 template <class = Deferred>
-OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMedium& medium, std::string const& place, Verify verify) {
+OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMedium& medium, std::string const& place, Verify verify, Sighting& seen) {
   OpenedCheckpoint opened;
   Bytes message = agree(comm, "load: open", [&] {
     ByteWriter out;
     if (comm.rank() != 0) return out.take();
     Located located = locate_checkpoint(medium, place);
+    seen.id = located.id;
     Bytes record_bytes, large;
     if (located.has_record) {
       record_bytes = read_file(medium, located.directory + '/' + std::string{record_name}, most_record_bytes);
       CommitRecord const files = parse_record(record_bytes, {}, false);
+      if (files.id != located.id) throw Error{ErrorCode::io, "the checkpoint was replaced while it was being opened"}.with_path(located.directory);
       if (std::any_of(files.files.begin(), files.files.end(), [](RecordFile const& f) { return f.path == values_name; })) {
         large = read_file(medium, located.directory + '/' + std::string{values_name}, most_record_bytes);
         for (auto const& file : files.files)
@@ -207,7 +260,7 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
       };
       if (listed != nullptr) {
         file = medium.open_read(path);
-        if (file->size() != listed->size) throw Error{ErrorCode::corrupt, "the file has " + std::to_string(file->size()) + " bytes; the commit record says " + std::to_string(listed->size)}.with_path(path);
+        require_size(*file, path, listed->size);
         if (verify != Verify::none && listed->chunks() > 0) check(0);   // before a byte of it is believed
       }
       FoundFile found = storage.read_header(medium, scan, scan.files[f]);
@@ -219,6 +272,20 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
       out.block(encode(found));
       comm.progress();
     }
+    // Indexes and the like, which nothing is loaded from.
+    if (opened.record)
+      for (std::size_t f = static_cast<std::size_t>(comm.rank()); f < opened.record->files.size(); f += static_cast<std::size_t>(comm.size())) {
+        RecordFile const& listed = opened.record->files[f];
+        if (listed.data || listed.path == values_name) continue;
+        std::string const path = opened.directory + '/' + listed.path;
+        auto const file = medium.open_read(path);
+        require_size(*file, path, listed.size);
+        for (std::uint64_t chunk = 0; verify != Verify::none && chunk < listed.chunks(); ++chunk) {
+          verify_chunk(*file, path, listed.size, chunk, opened.checksums.of(listed.path)[static_cast<std::size_t>(chunk)], "", buffer);
+          headers.verification_bytes += buffer.size();
+        }
+        comm.progress();
+      }
     headers.bytes = out.take();
     return headers;
   });
@@ -227,7 +294,12 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
   for (auto const& part : all_gather_bytes(comm, mine.bytes))
     for (ByteReader in{part}; !in.done() && in.ok();) found.push_back(decode_found_file(in.block()));
   opened.catalog = agree(comm, "load: headers", [&] {
-    Catalog catalog = storage.assemble(scan, std::move(found), opened.record ? &*opened.record : nullptr);
+    Catalog catalog;
+    try {
+      catalog = storage.assemble(scan, std::move(found), opened.record ? &*opened.record : nullptr);
+    } catch (Error& error) {
+      throw error.with_path(opened.directory);
+    }
     if (opened.record) {
       Problems problems;
       for (auto const& tensor : opened.record->tensors) {

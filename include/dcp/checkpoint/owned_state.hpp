@@ -15,25 +15,26 @@
 
 namespace dcp {
 
-/// A whole tensor in memory of its own: dense, row-major, elements smaller than a byte packed.
+/// A whole tensor in memory of its own: dense, row-major, elements smaller than a byte packed. Copies share the memory, as tensors do
+/// that the checkpoint ties to each other: a name costs nothing, however many a file lists.
 class OwnedTensor {
  public:
-  OwnedTensor(DType dtype, Extents const& shape) : dtype_{dtype}, shape_{shape}, bytes_(static_cast<std::size_t>(bytes_of(dtype, shape.elements()))) {}
+  OwnedTensor(DType dtype, Extents const& shape) : dtype_{dtype}, shape_{shape}, bytes_{std::make_shared<Bytes>(static_cast<std::size_t>(bytes_of(dtype, shape.elements())))} {}
   DType dtype() const { return dtype_; }
   Extents const& shape() const { return shape_; }
-  ConstByteSpan bytes() const { return bytes_; }
-  ByteSpan bytes() { return bytes_; }
+  ConstByteSpan bytes() const { return *bytes_; }
+  ByteSpan bytes() { return *bytes_; }
   /// The elements as T. Throws Error(dtype_mismatch) if they are none.
   template <class T>
   std::span<storage_of<T> const> as() const {
     if (dtype_of<T> != dtype_) throw Error{ErrorCode::dtype_mismatch, "a tensor of " + std::string{to_string(dtype_)} + " read as " + std::string{to_string(dtype_of<T>)}};
-    return {reinterpret_cast<storage_of<T> const*>(bytes_.data()), bytes_.size() / sizeof(storage_of<T>)};
+    return {reinterpret_cast<storage_of<T> const*>(bytes_->data()), bytes_->size() / sizeof(storage_of<T>)};
   }
 
  private:
   DType dtype_;
   Extents shape_;
-  Bytes bytes_;
+  std::shared_ptr<Bytes> bytes_;
 };
 
 /// What load_from_keys read: names to tensors, and names to values, each in name order.
@@ -63,29 +64,38 @@ bool selected(std::string_view name, std::vector<std::string> const& keys) {
 
 template <class = Deferred>
 OwnedState load_owned(CommRef comm, AnyStorage const& storage, PlaceRef const& place, std::vector<std::string> const& keys, LoadSettings settings) {
-  OpenedCheckpoint const opened = open_checkpoint(comm, storage, *place.medium, place.path, settings.verify);
-  std::map<std::string, OwnedTensor> tensors;
-  std::map<std::string, Value> values;
-  StateDict state;
-  agree(comm, "load: allocate", [&] {
-    auto const add = [&](std::string const& name, CatalogTensor const& stored) {
-      auto& tensor = tensors.try_emplace(name, stored.dtype, stored.shape).first->second;
-      state.add_tensor(name, stored.dtype, plain_layout(stored.shape), {tensor.bytes().data(), row_major_strides(stored.shape)});
-    };
-    for (auto const& stored : opened.catalog.tensors)
-      if (selected(stored.name, keys)) add(stored.name, stored);
-    for (auto const& tie : opened.catalog.ties)
-      if (auto const* stored = opened.catalog.find_tensor(tie.kept); stored != nullptr && selected(tie.dropped, keys) && opened.catalog.find_tensor(tie.dropped) == nullptr) add(tie.dropped, *stored);
-    for (auto const& [name, value] : opened.catalog.values)
-      if (selected(name, keys)) values.emplace(name, value);
-    for (auto const& key : keys)
-      if (std::none_of(tensors.begin(), tensors.end(), [&](auto const& t) { return selected(t.first, {key}); }) && std::none_of(values.begin(), values.end(), [&](auto const& v) { return selected(v.first, {key}); }))
-        throw Error{ErrorCode::missing_entry, json_quoted(key) + ": Missing key in checkpoint; no entry has this name or lies below it"};
-  });
   settings.on_unexpected = OnUnexpected::ignore;
   settings.for_prefix.clear();
-  Report report = load_state(comm, storage, place, state, settings);
-  return {std::move(tensors), std::move(values), std::move(report)};
+  return again_if_replaced(comm, *place.medium, place.path, [&](Sighting& seen) {
+    OpenedCheckpoint const opened = open_checkpoint(comm, storage, *place.medium, place.path, settings.verify, seen);
+    std::map<std::string, OwnedTensor> tensors;
+    std::map<std::string, Value> values;
+    StateDict state;
+    agree(comm, "load: allocate", [&] {
+      auto const add = [&](std::string const& name, CatalogTensor const& stored, std::string const& kept) {
+        auto const at = tensors.find(kept);
+        auto& tensor = tensors.try_emplace(name, at == tensors.end() ? OwnedTensor{stored.dtype, stored.shape} : at->second).first->second;
+        state.add_tensor(name, stored.dtype, plain_layout(stored.shape), {tensor.bytes().data(), row_major_strides(stored.shape)});
+      };
+      for (auto const& stored : opened.catalog.tensors)
+        if (selected(stored.name, keys)) add(stored.name, stored, stored.name);
+      std::map<std::string, std::string> first;   // kept name -> the first of the dropped ones, where the kept one is not asked for
+      for (auto const& tie : opened.catalog.ties) {
+        auto const* stored = opened.catalog.find_tensor(tie.kept);
+        if (stored == nullptr || !selected(tie.dropped, keys) || opened.catalog.find_tensor(tie.dropped) != nullptr) continue;
+        add(tie.dropped, *stored, tensors.contains(tie.kept) ? tie.kept : first.try_emplace(tie.kept, tie.dropped).first->second);
+      }
+      for (auto const& [name, value] : opened.catalog.values)
+        if (selected(name, keys)) values.emplace(name, value);
+      for (auto const& key : keys)
+        if (std::none_of(tensors.begin(), tensors.end(), [&](auto const& t) { return selected(t.first, {key}); }) && std::none_of(values.begin(), values.end(), [&](auto const& v) { return selected(v.first, {key}); }))
+          throw Error{ErrorCode::missing_entry, json_quoted(key) + ": Missing key in checkpoint; no entry has this name or lies below it"};
+    });
+    Report report = load_state(comm, storage, place, state, settings);
+    seen.complete = report.id == (opened.record ? opened.record->id : "");
+    if (!seen.complete) throw Error{ErrorCode::io, "the checkpoint was replaced while it was being read"}.with_path(place.path);
+    return OwnedState{std::move(tensors), std::move(values), std::move(report)};
+  });
 }
 
 }  // namespace detail

@@ -65,7 +65,8 @@ std::optional<CommitRecord> read_record(AnyMedium& medium, std::string const& di
 struct Sibling {
   std::string path;
   std::string id;
-  std::optional<CommitRecord> record;   // nothing if it cannot be read
+  std::optional<CommitRecord> record;   // nothing if there is none, or none that can be read
+  std::optional<Error> failure;         // why one that is there cannot be read
 };
 
 /// Attempts beside a place, newest sequence first.
@@ -78,11 +79,11 @@ std::vector<Sibling> siblings_of(AnyMedium& medium, std::string const& place) {
   for (auto const& entry : medium.list(parent)) {
     std::uint64_t id = 0;
     if (entry.kind != EntryKind::directory || !entry.name.starts_with(prefix) || !parse_hex16(std::string_view{entry.name}.substr(prefix.size()), id)) continue;
-    Sibling sibling{(parent == "/" ? "" : parent) + '/' + entry.name, entry.name.substr(prefix.size()), std::nullopt};
+    Sibling sibling{(parent == "/" ? "" : parent) + '/' + entry.name, entry.name.substr(prefix.size()), std::nullopt, std::nullopt};
     try {
       sibling.record = read_record(medium, sibling.path);
-    } catch (Error const&) {
-      // A record that cannot be read is no record.
+    } catch (Error const& error) {
+      sibling.failure = error;
     }
     siblings.push_back(std::move(sibling));
   }
@@ -167,13 +168,18 @@ class Attempt {
     record_.sequence = sequence + 1;
     record_.committed = false;
     path_ = place_ + std::string{attempt_infix} + record_.id;
-    if (!medium.create_directory(path_)) throw Error{ErrorCode::io, "an attempt of this name is there already"}.with_path(path_);
-    created_ = true;
-    lease_ = medium.acquire_lease(path_ + '/' + std::string{lease_name});
-    if (!lease_) throw Error{ErrorCode::io, "somebody else holds the lease of a directory that has just been made"}.with_path(path_);
-    Bytes none;
-    write_file_durably(medium, path_, std::string{record_name}, write_record(record_, none));
-    medium.sync_directory(parent_);
+    try {
+      if (!medium.create_directory(path_)) throw Error{ErrorCode::io, "an attempt of this name is there already"}.with_path(path_);
+      created_ = true;
+      lease_ = medium.acquire_lease(path_ + '/' + std::string{lease_name});
+      if (!lease_) throw Error{ErrorCode::io, "somebody else holds the lease of a directory that has just been made"}.with_path(path_);
+      Bytes none;
+      write_file_durably(medium, path_, std::string{record_name}, write_record(record_, none));
+      medium.sync_directory(parent_);
+    } catch (...) {
+      abandon();
+      throw;
+    }
   }
 
   std::string const& path() const { return path_; }
@@ -215,7 +221,16 @@ class Attempt {
       old_path_ = place_ + std::string{attempt_infix} + (old_->id.size() == 16 ? old_->id : random_id());
       if (!medium_.publish_new(place_, old_path_)) throw Error{ErrorCode::io, "cannot move the old checkpoint aside"}.with_path(old_path_);
       medium_.sync_directory(parent_);
-      if (!medium_.publish_new(path_, place_)) throw Error{ErrorCode::io, "cannot move the new checkpoint in"}.with_path(place_);
+      try {
+        if (!medium_.publish_new(path_, place_)) throw Error{ErrorCode::io, "cannot move the new checkpoint in"}.with_path(place_);
+      } catch (...) {
+        // The old one back, if that works. If not, nothing is lost: the new one, beside the place, is committed.
+        try {
+          if (medium_.publish_new(old_path_, place_)) medium_.sync_directory(parent_);
+        } catch (Error const&) {
+        }
+        throw;
+      }
     }
     published_ = true;
     medium_.sync_directory(parent_);
@@ -234,6 +249,10 @@ class Attempt {
   void abandon() noexcept {
     try {
       if (created_ && !committed_) {
+        // The record first: it may say "committed" already (a sync after that failed), and then what a crash leaves of the rest
+        // must not be taken for a checkpoint.
+        medium_.remove_file(path_ + '/' + std::string{record_name});
+        medium_.sync_directory(path_);
         medium_.remove_tree(path_);
         medium_.sync_directory(parent_);
       }
@@ -267,7 +286,8 @@ class Attempt {
   void clean(std::vector<Sibling> const& siblings, Occupant const& occupant) {
     for (auto const& sibling : siblings) {
       bool const committed = sibling.record && sibling.record->committed;
-      if (committed && occupant.kind != Occupant::Kind::checkpoint) continue;   // it is the checkpoint
+      // It is the checkpoint, or may be: one that cannot be read today is not thrown away for that.
+      if ((committed || sibling.failure) && occupant.kind != Occupant::Kind::checkpoint) continue;
       try {
         auto const lease = medium_.acquire_lease(sibling.path + '/' + std::string{lease_name});
         if (lease) medium_.remove_tree(sibling.path);

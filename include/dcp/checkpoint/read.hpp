@@ -146,6 +146,9 @@ class Reader {
       CatalogFile const& known = opened_.catalog.files[f];
       files_[f] = medium_.open_read(path(f));
       if (files_[f]->size() != known.size) throw Error{ErrorCode::corrupt, "the file has " + std::to_string(files_[f]->size()) + " bytes; it had " + std::to_string(known.size) + " when its header was read"}.with_path(path(f));
+      // With a record, its id and the checksums notice that; and clients of a network file system may disagree on times for a while.
+      if (!opened_.record && files_[f]->version() != known.version)
+        throw Error{ErrorCode::io, "the file was replaced or changed after its header was read"}.with_path(path(f)).with_hint("load again");
     }
     return *files_[f];
   }

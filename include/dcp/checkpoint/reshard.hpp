@@ -222,7 +222,9 @@ Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, R
 /// Example   dcp::reshard(world, {{"weight", rows}}, {{"weight", columns}});
 template <class C>
 Report reshard(C& comm, StateDict const& from, StateDict const& to, ReshardOptions const& options = {}) {
-  return detail::reshard_state(CommRef{comm}, from, to, options);
+  [[maybe_unused]] detail::a_communicator<C> check;
+  if constexpr (Communicator<C>) return detail::reshard_state(CommRef{comm}, from, to, options);
+  else return {};
 }
 
 }  // namespace dcp

@@ -49,7 +49,9 @@ void require_shared(CommRef comm, AnyMedium& medium, std::string const& attempt,
       comm.progress();
       if (std::chrono::steady_clock::now() + pause > until) {
         Error error{ErrorCode::not_shared, "this directory is not shared by ranks 0 and " + std::to_string(comm.rank()) + ": rank 0 has made it, and rank " + std::to_string(comm.rank()) + " does not see it"};
-        error.with_path(attempt).with_hint("every rank must see the same file system at this path; a node-local disk is none");
+        error.with_path(attempt);
+        if (failure) error.with_errno(failure->system_error()).with_hint("what it found when it looked: " + failure->message());
+        error.with_hint("every rank must see the same file system at this path; a node-local disk is none");
         throw error;
       }
       std::this_thread::sleep_for(pause);

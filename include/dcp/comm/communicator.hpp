@@ -124,7 +124,7 @@ constexpr auto first_check_of_communicator() {
 }
 /// As a base or a local variable: fails to compile, with the sentence of the first piece that `C` lacks.
 template <class C>
-struct a_communicator : decltype(first_check_of_communicator<C>())::type {};
+using a_communicator = typename decltype(first_check_of_communicator<C>())::type;
 }  // namespace detail
 
 /// A borrowed communicator of any type: the algorithms above this floor are compiled once, not once per communicator.
@@ -132,7 +132,9 @@ class CommRef {
  public:
   template <class C>
     requires(!std::same_as<std::remove_cvref_t<C>, CommRef>)
-  CommRef(C& comm) : object_{&comm}, table_{table_for<C>()} {}
+  CommRef(C& comm) : object_{&comm}, table_{table_for<C>()} {
+    [[maybe_unused]] detail::a_communicator<C> check;
+  }
 
   int rank() const { return table_->rank(object_); }
   int size() const { return table_->size(object_); }
@@ -164,7 +166,6 @@ class CommRef {
   };
   template <class C>
   static constexpr Table const* table_for() {
-    [[maybe_unused]] detail::a_communicator<C> check;
     if constexpr (Communicator<C>) return &table_of<C>;
     else return nullptr;
   }

@@ -43,13 +43,13 @@ constexpr bool intersect(Box const& a, Box const& b, Box& common) {
   return true;
 }
 
-/// The strides of a dense row-major array, in elements.
+/// The strides of a dense row-major array, in elements; of a shape whose number of elements overflows they mean nothing.
 constexpr Extents row_major_strides(Extents const& shape) {
   Extents strides = shape;
-  std::int64_t stride = 1;
+  std::uint64_t stride = 1;
   for (int d = shape.rank(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= std::max<std::int64_t>(shape[d], 1);
+    strides[d] = static_cast<std::int64_t>(stride);
+    stride *= static_cast<std::uint64_t>(std::max<std::int64_t>(shape[d], 1));
   }
   return strides;
 }

@@ -200,22 +200,21 @@ template <class P>
 struct a_placement {
   static_assert(is_placement<P>, "dcp: a layout is a dcp::Placement<...> (or a PlacementOn<...>); this type is none");
 };
+template <class... Rules>
+struct a_placement<Placement<Rules...>> : placement_checks<Rules...> {};
 // Of what is no Placement: numbers that raise no second complaint.
 template <class P, int Axes>
-constexpr int rules_given() {
-  if constexpr (is_placement<P>) return P::mesh_rank;
-  else return Axes;
-}
+inline constexpr int rules_given = Axes;
+template <class... Rules, int Axes>
+inline constexpr int rules_given<Placement<Rules...>, Axes> = static_cast<int>(sizeof...(Rules));
 template <class P>
-constexpr int needed_rank_of() {
-  if constexpr (is_placement<P>) return P::needed_rank;
-  else return 0;
-}
+inline constexpr int needed_rank_of = 0;
+template <class... Rules>
+inline constexpr int needed_rank_of<Placement<Rules...>> = needed_rank(rules_of<Rules...>);
 template <class P>
-constexpr int partial_axes_of() {
-  if constexpr (is_placement<P>) return P::partial_axes;
-  else return 0;
-}
+inline constexpr int partial_axes_of = 0;
+template <class... Rules>
+inline constexpr int partial_axes_of<Placement<Rules...>> = partial_axes(rules_of<Rules...>);
 template <int Rules, int Axes>
 struct one_rule_per_axis {
   static_assert(Rules == Axes, "dcp: a Placement lists one rule per mesh axis; write Replicate for the axes it ignores [rules given == mesh axes]");
@@ -232,7 +231,7 @@ struct dims_exist {
 template <class P, int N>
 constexpr Layout layout_of(DeviceMesh<N> const& mesh, Padded const& shape) {
   [[maybe_unused]] detail::a_placement<P> placement;
-  [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>(), N> rules;
+  [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
   Layout layout;
   layout.shape = shape.logical;
   layout.split_shape = shape.padded;
@@ -244,7 +243,7 @@ constexpr Layout layout_of(DeviceMesh<N> const& mesh, Padded const& shape) {
   for (int d = 0; d < shape.logical.rank(); ++d)
     if (shape.logical[d] > shape.padded[d])
       throw Error{ErrorCode::invalid_argument, "logical shape " + to_string(shape.logical) + " is larger than the padded shape " + to_string(shape.padded)};
-  constexpr int needed = detail::needed_rank_of<P>();
+  constexpr int needed = detail::needed_rank_of<P>;
   if (shape.logical.rank() < needed)
     throw Error{ErrorCode::invalid_argument, "a tensor of shape " + to_string(shape.logical) + " has no dimension " + std::to_string(needed - 1) + ", which its Placement shards"};
   return layout;
@@ -269,16 +268,22 @@ constexpr Box nothing_of(Extents const& shape) {
 /// Example   std::vector<float> memory(dcp::local_box<Placement<Shard<0>>>(mesh, {7, 3}).size());   // rank 3 of 4: [1, 3] at [6, 0]
 template <class P, int N>
 constexpr Box local_box(DeviceMesh<N> const& mesh, Extents const& shape) {
+  [[maybe_unused]] detail::a_placement<P> placement;   // here as well: the fewer calls between, the shorter the compiler's message
+  [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
   return box_of_rank(layout_of<P>(mesh, shape), mesh.rank()).value_or(nothing_of(shape));
 }
 template <class P, int N, std::size_t K>
 constexpr Box local_box(DeviceMesh<N> const& mesh, std::int64_t const (&shape)[K]) {
-  [[maybe_unused]] detail::dims_exist<static_cast<int>(K), detail::needed_rank_of<P>()> dims;
+  [[maybe_unused]] detail::a_placement<P> placement;
+  [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
+  [[maybe_unused]] detail::dims_exist<static_cast<int>(K), detail::needed_rank_of<P>> dims;
   return local_box<P>(mesh, Extents{shape});
 }
 /// The same with the padding that is split along: what to allocate for a padded tensor.
 template <class P, int N>
 constexpr Box local_box(DeviceMesh<N> const& mesh, Padded const& shape) {
+  [[maybe_unused]] detail::a_placement<P> placement;
+  [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
   Layout const layout = layout_of<P>(mesh, shape);
   auto const coordinate = layout.mesh.coordinate_of(mesh.rank());
   return coordinate ? padded_box_at(layout, *coordinate) : nothing_of(shape.padded);

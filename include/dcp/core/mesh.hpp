@@ -113,7 +113,9 @@ class DeviceMesh : detail::axes_in_range<N> {
   static constexpr int axes = N;
 
   template <class Ranks, std::size_t K>
-  constexpr DeviceMesh(Ranks const& ranks, std::int64_t const (&extents)[K]) : DeviceMesh{detail::rank_in(ranks), detail::size_of(ranks), checked(extents)} {}
+  constexpr DeviceMesh(Ranks const& ranks, std::int64_t const (&extents)[K]) : DeviceMesh{detail::rank_in(ranks), detail::size_of(ranks), checked(extents)} {
+    [[maybe_unused]] detail::one_extent_per_axis<static_cast<int>(K), N> axes_and_extents;
+  }
   template <class Ranks>
   constexpr DeviceMesh(Ranks const& ranks, Coordinate const& extents) : DeviceMesh{detail::rank_in(ranks), detail::size_of(ranks), extents} {}
 
@@ -191,7 +193,6 @@ class DeviceMesh : detail::axes_in_range<N> {
 
   template <std::size_t K>
   static constexpr Coordinate checked(std::int64_t const (&extents)[K]) {
-    static_cast<void>(detail::one_extent_per_axis<static_cast<int>(K), N>{});
     Coordinate list{};
     for (std::size_t a = 0; a < K && a < static_cast<std::size_t>(N); ++a) list[a] = extents[a];
     return list;
@@ -204,7 +205,7 @@ class DeviceMesh : detail::axes_in_range<N> {
       if (extents[a] < 1) throw Error{ErrorCode::invalid_argument, "mesh axis " + std::to_string(a) + " has extent " + std::to_string(extents[a])};
       geometry_.extents[a] = extents[a];
       geometry_.strides[a] = stride;
-      stride *= extents[a];
+      if (__builtin_mul_overflow(stride, extents[a], &stride)) throw Error{ErrorCode::overflow, "the number of ranks of a mesh does not fit into 63 bits"};
     }
     if (stride != size) {
       std::string list;

@@ -5,6 +5,7 @@
 
 #include <dcp/core/mesh.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -56,26 +57,44 @@ struct Partial {
 };
 
 namespace detail {
+// What rules say, without instantiating them: a mistake in a type that takes part in a constant expression is reported over and
+// over by clang++. What is wrong counts as Replicate, and has its sentence in placement_checks.
 template <class R>
-struct is_rule : std::false_type {};
+struct rule_facts {
+  static constexpr bool is_rule = false;
+  static constexpr int dim = 0, step = 0;
+  static constexpr Rule rule{};
+};
 template <int Dim>
-struct is_rule<Shard<Dim>> : std::true_type {};
+struct rule_facts<Shard<Dim>> {
+  static constexpr bool is_rule = true;
+  static constexpr int dim = Dim, step = 0;
+  static constexpr Rule rule = Dim >= 0 ? Rule{RuleKind::shard, Dim, -1} : Rule{};
+};
 template <int Dim, int Step>
-struct is_rule<OrderedShard<Dim, Step>> : std::true_type {};
+struct rule_facts<OrderedShard<Dim, Step>> {
+  static constexpr bool is_rule = true;
+  static constexpr int dim = Dim, step = Step;
+  static constexpr Rule rule = Dim >= 0 && Step >= 0 ? Rule{RuleKind::shard, Dim, Step} : Rule{};
+};
 template <>
-struct is_rule<Replicate> : std::true_type {};
+struct rule_facts<Replicate> {
+  static constexpr bool is_rule = true;
+  static constexpr int dim = 0, step = 0;
+  static constexpr Rule rule = Replicate::rule;
+};
 template <>
-struct is_rule<Partial> : std::true_type {};
+struct rule_facts<Partial> {
+  static constexpr bool is_rule = true;
+  static constexpr int dim = 0, step = 0;
+  static constexpr Rule rule = Partial::rule;
+};
+template <class... Rules>
+inline constexpr std::array<Rule, sizeof...(Rules)> rules_of{rule_facts<Rules>::rule...};
 
-// A Placement goes on without what is no rule, so that the mistake is reported once.
-template <class R>
-constexpr Rule rule_of() {
-  if constexpr (is_rule<R>::value) return R::rule;
-  else return {};
-}
 template <class... Rules>
 struct a_placement_lists_rules {
-  static_assert((is_rule<Rules>::value && ... && true), "dcp: a Placement lists rules; each is Shard<Dim>, OrderedShard<Dim, Step>, Replicate or Partial");
+  static_assert((rule_facts<Rules>::is_rule && ... && true), "dcp: a Placement lists rules; each is Shard<Dim>, OrderedShard<Dim, Step>, Replicate or Partial");
 };
 
 template <std::size_t K>
@@ -116,21 +135,24 @@ template <int Repeated>
 struct each_step_once {
   static_assert(Repeated == 0, "dcp: two axes split a dimension with the same Step; number the cuts 0, 1, ... in the order they are made [repeated steps == 0]");
 };
+// All that can be wrong with a Placement by itself.
+template <class... Rules>
+struct placement_checks : a_placement_lists_rules<Rules...>,
+                          dim_counts_from_zero<std::min({0, rule_facts<Rules>::dim...})>,
+                          step_counts_from_zero<std::min({0, rule_facts<Rules>::step...})>,
+                          one_way_to_order_a_dim<mixed_orders(rules_of<Rules...>)>,
+                          each_step_once<repeated_steps(rules_of<Rules...>)> {};
 }  // namespace detail
 
 /// One rule per mesh axis.
 ///
 /// Example   Placement<Replicate, Shard<0>> on a (dp, tp) mesh: rows split over tp, copies along dp
 template <class... Rules>
-struct Placement : detail::a_placement_lists_rules<Rules...> {
+struct Placement : detail::placement_checks<Rules...> {
   static constexpr int mesh_rank = static_cast<int>(sizeof...(Rules));
-  static constexpr std::array<Rule, sizeof...(Rules)> rules{detail::rule_of<Rules>()...};
+  static constexpr std::array<Rule, sizeof...(Rules)> rules = detail::rules_of<Rules...>;
   static constexpr int needed_rank = detail::needed_rank(rules);       // the least rank of a tensor that can be placed so
   static constexpr int partial_axes = detail::partial_axes(rules);
-
- private:
-  [[no_unique_address]] detail::one_way_to_order_a_dim<detail::mixed_orders(rules)> order_;
-  [[no_unique_address]] detail::each_step_once<detail::repeated_steps(rules)> steps_;
 };
 
 // ---- named axes -------------------------------------------------------------------------------------------------------------

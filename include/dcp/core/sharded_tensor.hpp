@@ -27,6 +27,9 @@ template <class S>
 struct a_static_shape {
   static_assert(shape_of_type<S>::is_static, "dcp: as_shape<...> takes a dcp::Shape<...>, the global shape that the tensor should turn out to have");
 };
+// The shape that as_shape returns, or AnyShape to go on with after a sentence.
+template <class S, class P>
+using shape_that_fits = std::conditional_t<shape_of_type<S>::is_static && shape_of_type<S>::rank >= needed_rank_of<P>, S, AnyShape>;
 template <class S>
 struct a_shape {
   static_assert(std::is_same_v<S, AnyShape>, "dcp: the third argument of a ShardedTensor is a dcp::Shape<...>, or dcp::AnyShape when the shape is known at run time");
@@ -48,10 +51,11 @@ struct LocalPart {
 };
 
 inline void check_local_memory(Layout const& layout, Box const& padded, Box const& box, Extents const& given, Extents const& strides, bool dense) {
-  for (int d = 0; d < box.rank(); ++d)
-    if (given.rank() != box.rank() || given[d] < box.shape[d])
-      throw Error{ErrorCode::invalid_argument, "a tensor " + to_string(layout.shape) + " has a local part " + to_string(padded.shape) + " here, but its memory is " + to_string(given) +
-                                                   " with strides " + to_string(strides) + (dense ? "" : "; pass a view of the local part")};
+  bool holds = given.rank() == box.rank();
+  for (int d = 0; holds && d < box.rank(); ++d) holds = given[d] >= box.shape[d];
+  if (!holds)
+    throw Error{ErrorCode::invalid_argument, "a tensor " + to_string(layout.shape) + " has a local part " + to_string(padded.shape) + " here, but its memory is " + to_string(given) +
+                                                 " with strides " + to_string(strides) + (dense ? "" : "; pass a view of the local part")};
 }
 }  // namespace detail
 
@@ -63,42 +67,50 @@ inline void check_local_memory(Layout const& layout, Box const& padded, Box cons
 /// Outside   on a rank that is not in the mesh it views nothing, and a state leaves it out
 /// Example   dcp::ShardedTensor<float, dcp::Placement<dcp::Shard<0>>> w{mesh, {7, 5}, memory};
 template <class T, class P, class S = AnyShape>
-class ShardedTensor : detail::an_element_type<T>, detail::a_placement<P>, detail::a_shape<S>, detail::dims_exist<detail::shape_of_type<S>::rank, detail::needed_rank_of<P>()> {
+class ShardedTensor : detail::an_element_type<T>, detail::a_placement<P>, detail::a_shape<S>, detail::dims_exist<detail::shape_of_type<S>::rank, detail::needed_rank_of<P>> {
  public:
   using element_type = T;
   using placement = P;
-  static constexpr int partial_axes = detail::partial_axes_of<P>();
+  static constexpr int partial_axes = detail::partial_axes_of<P>;
 
   /// Global shape known at run time.
   template <int N, class M, std::size_t K>
     requires(std::is_same_v<S, AnyShape>)
   ShardedTensor(DeviceMesh<N> const& mesh, std::int64_t const (&shape)[K], M&& memory) : ShardedTensor{layout_of<P>(mesh, Extents{shape}), mesh.rank(), memory} {
-    [[maybe_unused]] detail::dims_exist<static_cast<int>(K), detail::needed_rank_of<P>()> dims;
+    [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
+    [[maybe_unused]] detail::dims_exist<static_cast<int>(K), detail::needed_rank_of<P>> dims;
   }
   template <int N, class M>
     requires(std::is_same_v<S, AnyShape>)
-  ShardedTensor(DeviceMesh<N> const& mesh, Extents const& shape, M&& memory) : ShardedTensor{layout_of<P>(mesh, shape), mesh.rank(), memory} {}
+  ShardedTensor(DeviceMesh<N> const& mesh, Extents const& shape, M&& memory) : ShardedTensor{layout_of<P>(mesh, shape), mesh.rank(), memory} {
+    [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
+  }
   /// A tensor that was padded before it was split; see Padded.
   template <int N, class M>
     requires(std::is_same_v<S, AnyShape>)
-  ShardedTensor(DeviceMesh<N> const& mesh, Padded const& shape, M&& memory) : ShardedTensor{layout_of<P>(mesh, shape), mesh.rank(), memory} {}
+  ShardedTensor(DeviceMesh<N> const& mesh, Padded const& shape, M&& memory) : ShardedTensor{layout_of<P>(mesh, shape), mesh.rank(), memory} {
+    [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
+  }
   /// Global shape in the type.
   template <int N, class M>
     requires(!std::is_same_v<S, AnyShape>)
-  ShardedTensor(DeviceMesh<N> const& mesh, M&& memory) : ShardedTensor{layout_of<P>(mesh, Extents{std::span{S::sizes}}), mesh.rank(), memory} {}
+  ShardedTensor(DeviceMesh<N> const& mesh, M&& memory) : ShardedTensor{layout_of<P>(mesh, Extents{std::span<std::int64_t const>{S::sizes}}), mesh.rank(), memory} {
+    [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
+  }
 
   /// From a global shape in the type to one at run time. The way back is checked: as_shape.
   template <std::int64_t... Sizes>
     requires(std::is_same_v<S, AnyShape>)
   ShardedTensor(ShardedTensor<T, P, Shape<Sizes...>> const& other) : part_{other.part_} {}
   template <class To>
-  Result<ShardedTensor<T, P, To>> as_shape() const {
+  Result<ShardedTensor<T, P, detail::shape_that_fits<To, P>>> as_shape() const {
     [[maybe_unused]] detail::a_static_shape<To> check;
+    [[maybe_unused]] detail::dims_exist<detail::shape_of_type<To>::rank, detail::needed_rank_of<P>> dims;
     if constexpr (detail::shape_of_type<To>::is_static) {
-      if (Extents const wanted{std::span{To::sizes}}; !(wanted == shape()))
+      if (Extents const wanted{std::span<std::int64_t const>{To::sizes}}; !(wanted == shape()))
         return Error{ErrorCode::shape_mismatch, "a tensor of shape " + to_string(shape()) + " seen as one of " + to_string(wanted)};
     }
-    return ShardedTensor<T, P, To>{part_};
+    return ShardedTensor<T, P, detail::shape_that_fits<To, P>>{part_};
   }
 
   storage_of<T>* data() const { return reinterpret_cast<storage_of<T>*>(part_.memory.data); }
@@ -126,7 +138,8 @@ class ShardedTensor : detail::an_element_type<T>, detail::a_placement<P>, detail
       detail::check_local_memory(layout, padded, part_.box, memory.shape(), memory.strides(), false);
       part_.memory = memory.memory();
     } else {
-      part_.memory = TensorView<T>{memory, padded.shape}.memory();
+      [[maybe_unused]] detail::memory_of_type<T, M> check;
+      if constexpr (std::is_constructible_v<std::span<storage_of<T>>, M&>) part_.memory = TensorView<T>{memory, padded.shape}.memory();
     }
   }
 

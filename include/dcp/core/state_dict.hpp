@@ -155,7 +155,7 @@ class Entry {
 ///
 /// Names     UTF-8. A nested state's names are prefixed with its own and a dot: {"model", model} gives "model.linear.weight"
 /// Takes     tensors, numbers, bool, std::string, bytes, JSON, vectors of numbers, per_rank(x), types with state(), other states
-/// Throws    Error(duplicate_entry) when a name comes twice, Error(bad_utf8) for a name that is none
+/// Throws    Error(bad_utf8) for a name that is none. A name that comes twice is an error of the save or load
 /// Example   dcp::StateDict state{{"model", model}, {"optimizer", {{"step", step}, {"lr", lr}}}, {"rng", dcp::per_rank(rng)}};
 class StateDict {
  public:
@@ -167,6 +167,7 @@ class StateDict {
   template <class T>
     requires(detail::HasState<T> && !std::is_same_v<std::remove_cv_t<T>, StateDict>)
   StateDict(T& object) {
+    [[maybe_unused]] detail::state_returns_a_state_dict<decltype(object.state())> check;
     add_object(std::string{}, object);
   }
   template <class Name, class T>
@@ -226,7 +227,8 @@ class StateDict {
     return prefix.empty() ? name : name.empty() ? prefix : prefix + '.' + name;
   }
   StateEntry& insert(std::string name, StateEntry::Kind kind) {
-    if (first_invalid_utf8(name) != std::string::npos) throw Error{ErrorCode::bad_utf8, "the name of a state entry is not UTF-8: " + json_quoted(name)};
+    if (auto const bad = first_invalid_utf8(name); bad != std::string::npos)
+      throw Error{ErrorCode::bad_utf8, "the name of a state entry is not UTF-8 after " + json_quoted(std::string_view{name}.substr(0, bad))};
     if (name == "__metadata__") throw Error{ErrorCode::invalid_argument, "a state entry cannot be named __metadata__; the name is taken by the safetensors format"};
     StateEntry& entry = entries_.emplace_back();
     entry.kind = kind;
@@ -235,9 +237,7 @@ class StateDict {
   }
   template <class T>
   void add_object(std::string const& name, T& object) {
-    using Returned = decltype(object.state());
-    [[maybe_unused]] detail::state_returns_a_state_dict<Returned> check;
-    if constexpr (std::is_same_v<Returned, StateDict>) append(name, object.state());
+    if constexpr (std::is_same_v<decltype(object.state()), StateDict>) append(name, object.state());
     if constexpr (detail::HasAfterLoad<T>) hooks_.push_back({name, &object, [](void* o) { static_cast<T*>(o)->after_load(); }});
   }
 
@@ -275,6 +275,7 @@ void Entry::add_to(StateDict& state, std::string const& name, void* object) {
       state.add_value(name, {const_cast<void*>(static_cast<void const*>(x.object)), detail::value_ops<std::remove_const_t<Object>>(), true, x.policy});
     }
   } else if constexpr (detail::HasState<T>) {
+    [[maybe_unused]] detail::state_returns_a_state_dict<decltype(x.state())> check;
     state.add_object(name, x);
   } else if constexpr (detail::is_value<T>) {
     state.add_value(name, {&x, detail::value_ops<T>(), false, RankPolicy::fail});

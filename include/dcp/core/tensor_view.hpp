@@ -48,10 +48,14 @@ class TensorView : detail::an_element_type<T> {
 
   TensorView() = default;
   template <class M>
-  TensorView(M&& memory, Extents const& shape) : TensorView{memory_of(memory), shape, row_major_strides(shape)} {}
+  TensorView(M&& memory, Extents const& shape) : TensorView{memory_of(memory), shape, row_major_strides(shape)} {
+    [[maybe_unused]] detail::memory_of_type<T, std::remove_reference_t<M>> check;
+  }
   /// `strides`: distance in elements between neighbours in each dimension; a row pitch is strides[0].
   template <class M>
-  TensorView(M&& memory, Extents const& shape, Extents const& strides) : TensorView{memory_of(memory), shape, strides} {}
+  TensorView(M&& memory, Extents const& shape, Extents const& strides) : TensorView{memory_of(memory), shape, strides} {
+    [[maybe_unused]] detail::memory_of_type<T, std::remove_reference_t<M>> check;
+  }
 
   storage_of<T>* data() const { return data_; }
   Extents const& shape() const { return shape_; }
@@ -77,22 +81,30 @@ class TensorView : detail::an_element_type<T> {
   };
   template <class M>
   static Units memory_of(M& memory) {
-    [[maybe_unused]] detail::memory_of_type<T, M> check;
     if constexpr (std::is_constructible_v<std::span<storage_of<T>>, M&>) return {std::span<storage_of<T>>{memory}};
     else return {};
   }
   TensorView(Units memory, Extents const& shape, Extents const& strides) : data_{memory.span.data()}, shape_{shape}, strides_{strides} {
     if (shape.rank() != strides.rank())
       throw Error{ErrorCode::invalid_argument, "a tensor of shape " + to_string(shape) + " with strides " + to_string(strides)};
-    std::int64_t last = 0;   // of the farthest element
-    for (int d = 0; d < shape.rank(); ++d) last += (shape[d] - 1) * strides[d];
-    std::int64_t const elements = shape.empty() ? 0 : last + 1;
-    std::int64_t const units = bits_of(dtype_of<T>) < 8 ? ceil_div<std::int64_t>(elements * bits_of(dtype_of<T>), 8) : elements;
     if (bits_of(dtype_of<T>) < 8 && !(strides == row_major_strides(shape)))
       throw Error{ErrorCode::invalid_argument, "a strided tensor of " + std::string{to_string(dtype_of<T>)} + "; elements smaller than a byte must be dense"};
-    if (static_cast<std::uint64_t>(units) > memory.span.size())
-      throw Error{ErrorCode::invalid_argument,
-                  "a tensor of shape " + to_string(shape) + " needs memory of " + std::to_string(units) + " elements, but was given " + std::to_string(memory.span.size())};
+    if (shape.empty()) return;
+    std::uint64_t units = 0;   // of memory, up to the farthest element
+    bool fits = true;
+    for (int d = 0; d < shape.rank(); ++d) {
+      if (strides[d] < 0) throw Error{ErrorCode::invalid_argument, "a tensor of shape " + to_string(shape) + " with strides " + to_string(strides) + "; strides are not negative"};
+      std::uint64_t reach = 0;
+      fits = fits && checked_multiply(static_cast<std::uint64_t>(shape[d] - 1), static_cast<std::uint64_t>(strides[d]), reach) && checked_add(units, reach, units);
+    }
+    fits = fits && checked_add(units, 1, units);
+    if constexpr (bits_of(dtype_of<T>) < 8) {
+      fits = fits && checked_multiply(units, static_cast<std::uint64_t>(bits_of(dtype_of<T>)), units);
+      units = ceil_div<std::uint64_t>(units, 8);
+    }
+    if (!fits || units > memory.span.size())
+      throw Error{ErrorCode::invalid_argument, "a tensor of shape " + to_string(shape) + " needs memory of " + (fits ? std::to_string(units) : std::string{"2^64 or more"}) + " elements, but was given " +
+                                                   std::to_string(memory.span.size())};
   }
 
   storage_of<T>* data_ = nullptr;

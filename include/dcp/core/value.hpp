@@ -3,6 +3,7 @@
 // What a checkpoint holds besides tensors: numbers, text, bytes, JSON, arrays of numbers; erased, with exact bits.
 
 #include <dcp/base/bytes.hpp>
+#include <dcp/base/error.hpp>
 #include <dcp/base/text.hpp>
 #include <dcp/core/dtype.hpp>
 
@@ -127,7 +128,7 @@ struct ValueOps {
   ValueKind kind;
   DType dtype;
   Value (*encode)(void const* object);
-  void (*decode)(void* object, Value const& value);   // kind and dtype have been checked
+  void (*decode)(void* object, Value const& value);   // kind and dtype have been checked; throws Error(corrupt) for a payload of another size
 };
 
 namespace detail {
@@ -145,6 +146,10 @@ inline constexpr bool is_byte_vector<std::vector<std::byte, A>> = true;
 
 inline Value make_value(ValueKind kind, DType dtype, ConstByteSpan payload) { return {kind, dtype, Bytes(payload.begin(), payload.end()), {}}; }
 
+inline void require_whole(Value const& value, bool whole) {
+  if (!whole) throw Error{ErrorCode::corrupt, "a stored " + std::string{to_string(value.kind)} + " of " + std::string{to_string(value.dtype)} + " has " + std::to_string(value.payload.size()) + " bytes"};
+}
+
 // Wide characters and such count as the integer of their size.
 template <class T>
 inline constexpr DType number_dtype = dtype_of<T>;
@@ -154,6 +159,7 @@ inline constexpr ValueOps number_ops{
     ValueKind::number, number_dtype<T>,
     [](void const* object) { return make_value(ValueKind::number, number_dtype<T>, std::as_bytes(std::span{static_cast<T const*>(object), 1})); },
     [](void* object, Value const& value) {
+      require_whole(value, value.payload.size() == sizeof(T));
       if constexpr (std::is_same_v<T, bool>) *static_cast<bool*>(object) = value.payload[0] != std::byte{0};
       else *static_cast<T*>(object) = load_little_endian<T>(value.payload.data());
     }};
@@ -176,6 +182,7 @@ inline constexpr ValueOps array_ops{
     [](void* object, Value const& value) {
       using T = typename V::value_type;
       auto& list = *static_cast<V*>(object);
+      require_whole(value, value.payload.size() % sizeof(T) == 0);
       list.resize(value.payload.size() / sizeof(T));
       if constexpr (std::is_same_v<T, bool>) {
         for (std::size_t i = 0; i < list.size(); ++i) list[i] = value.payload[i] != std::byte{0};

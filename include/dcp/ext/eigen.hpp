@@ -79,14 +79,23 @@ struct element_of_scalar<Eigen::bfloat16> {
 template <class M>
 using element_of = typename element_of_scalar<typename std::remove_cvref_t<M>::Scalar>::type;
 
-// Compiles for a matrix that a view can be made of; every other gets its sentence.
-template <class M, class Plain = std::remove_cvref_t<M>>
-struct a_viewable_matrix : matrix_in_memory<Plain, has_memory<Plain>>,
-                           matrix_can_be_loaded<Plain, !has_memory<Plain> || (is_writable<Plain> && !(owns_elements<Plain> && std::is_const_v<std::remove_reference_t<M>>))>,
-                           matrix_outlives_the_view<Plain, !owns_elements<Plain> || std::is_lvalue_reference_v<M>> {
-  static constexpr bool value =
-      has_memory<Plain> && is_writable<Plain> && (!owns_elements<Plain> || (std::is_lvalue_reference_v<M> && !std::is_const_v<std::remove_reference_t<M>>));
-};
+// What a view is asked for, as the check that fails first, or one that holds. `M`: the type of a forwarding reference.
+struct matrix_is_viewable {};
+template <class M, bool Transposed>
+constexpr auto first_check_of_matrix() {
+  using Plain = std::remove_cvref_t<M>;
+  constexpr bool is_const = std::is_const_v<std::remove_reference_t<M>>;
+  if constexpr (!has_memory<Plain>) return std::type_identity<matrix_in_memory<Plain, false>>{};
+  else if constexpr (!is_element<element_of<M>>) return std::type_identity<an_element_type<element_of<M>>>{};
+  else if constexpr (!is_writable<Plain> || (owns_elements<Plain> && is_const)) return std::type_identity<matrix_can_be_loaded<Plain, false>>{};
+  else if constexpr (owns_elements<Plain> && !std::is_lvalue_reference_v<M>) return std::type_identity<matrix_outlives_the_view<Plain, false>>{};
+  else if constexpr (!Transposed && !stores_rows_first<Plain>) return std::type_identity<rows_first<Plain, 0>>{};
+  else return std::type_identity<matrix_is_viewable>{};
+}
+template <class M, bool Transposed = false>
+using a_viewable_matrix = typename decltype(first_check_of_matrix<M, Transposed>())::type;
+template <class M, bool Transposed = false>
+inline constexpr bool is_viewable_matrix = std::is_same_v<a_viewable_matrix<M, Transposed>, matrix_is_viewable>;
 
 template <class M>
 TensorView<element_of<M>> view_of_matrix(M& m, Extents const& shape, Extents const& strides) {
@@ -110,8 +119,7 @@ template <class M>
 TensorView<detail::element_of<M>> view(M&& m) {
   using Plain = std::remove_cvref_t<M>;
   [[maybe_unused]] detail::a_viewable_matrix<M> check;
-  [[maybe_unused]] detail::rows_first<Plain, detail::stores_rows_first<Plain> ? 1 : 0> order;
-  if constexpr (!detail::a_viewable_matrix<M>::value) return {};
+  if constexpr (!detail::is_viewable_matrix<M>) return {};
   else if constexpr (detail::is_vector<Plain>) return detail::view_of_matrix(m, Extents{m.size()}, Extents{m.innerStride()});
   else return detail::view_of_matrix(m, Extents{m.rows(), m.cols()}, Extents{m.rowStride(), m.colStride()});
 }
@@ -123,8 +131,8 @@ TensorView<detail::element_of<M>> view(M&& m) {
 template <class M>
   requires detail::EigenDense<std::remove_cvref_t<M>>
 TensorView<detail::element_of<M>> transposed(M&& m) {
-  [[maybe_unused]] detail::a_viewable_matrix<M> check;
-  if constexpr (!detail::a_viewable_matrix<M>::value) return {};
+  [[maybe_unused]] detail::a_viewable_matrix<M, true> check;
+  if constexpr (!detail::is_viewable_matrix<M, true>) return {};
   else return detail::view_of_matrix(m, Extents{m.cols(), m.rows()}, Extents{m.colStride(), m.rowStride()});
 }
 
@@ -135,8 +143,11 @@ template <detail::EigenDense M>
 struct EntryOf<M> {
   static constexpr bool is_view = !detail::owns_elements<M>;
   static void add(StateDict& state, std::string const& name, M& m) {
-    auto const tensor = view(m);
-    state.add_tensor(name, tensor.dtype(), plain_layout(tensor.shape()), tensor.memory());
+    [[maybe_unused]] detail::a_viewable_matrix<M&> check;
+    if constexpr (detail::is_viewable_matrix<M&>) {
+      auto const tensor = view(m);
+      state.add_tensor(name, tensor.dtype(), plain_layout(tensor.shape()), tensor.memory());
+    }
   }
 };
 

@@ -50,6 +50,11 @@ class LocalReadableFile final : public ReadableFile {
  public:
   explicit LocalReadableFile(FileHandle file) : file_{std::move(file)} {}
   std::uint64_t size() const override { return file_.size(); }
+  // The time of the last change: unlike a device or inode number, all machines of a job see the same one.
+  std::uint64_t version() const override {
+    auto const status = file_.status();
+    return static_cast<std::uint64_t>(status.st_mtim.tv_sec) * 1'000'000'000 + static_cast<std::uint64_t>(status.st_mtim.tv_nsec);
+  }
   void read_at(std::uint64_t offset, ByteSpan out) override { file_.read_at(offset, out); }
 
  private:

@@ -48,6 +48,8 @@ class ReadableFile {
  public:
   virtual ~ReadableFile() = default;
   virtual std::uint64_t size() const = 0;
+  /// A number that is another one when the contents have been changed or replaced, as far as the medium can tell; 0 if it cannot.
+  virtual std::uint64_t version() const { return 0; }
   /// Fills all of `out` from `offset`. Throws Error(truncated) where the file ends, Error(io) where the system refuses.
   virtual void read_at(std::uint64_t offset, ByteSpan out) = 0;
 };
@@ -176,7 +178,7 @@ struct medium_lacks {
 };
 /// As a base or a local variable: fails to compile, with the sentence of the first piece that `M` lacks.
 template <class M>
-struct a_medium : medium_lacks<M, piece_that_medium_lacks<M>()> {};
+using a_medium = medium_lacks<M, piece_that_medium_lacks<M>()>;
 }  // namespace detail
 
 /// AnyMedium over a Medium, held by value (a medium is a small handle).

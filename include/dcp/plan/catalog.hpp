@@ -9,7 +9,9 @@
 #include <dcp/plan/schema.hpp>
 
 #include <algorithm>
+#include <compare>
 #include <cstdint>
+#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -29,6 +31,7 @@ struct FoundTensor {
 struct FoundFile {
   std::string path;
   std::uint64_t size = 0;
+  std::uint64_t version = 0;  // of the medium's, to notice that the file was replaced after its header was read
   bool pieces = false;      // whether the file says that its tensors are pieces of larger ones
   std::vector<FoundTensor> tensors;
   std::vector<Tie> ties;
@@ -36,7 +39,7 @@ struct FoundFile {
 
 struct CatalogFile {
   std::string path;
-  std::uint64_t size = 0;
+  std::uint64_t size = 0, version = 0;
 };
 struct StoredPiece {
   std::uint32_t file;
@@ -75,7 +78,7 @@ struct Catalog {
 template <class = Deferred>
 Bytes encode(FoundFile const& file) {
   ByteWriter out;
-  out.text(file.path).number(file.size).number(file.pieces).number<std::uint64_t>(file.tensors.size());
+  out.text(file.path).number(file.size).number(file.version).number(file.pieces).number<std::uint64_t>(file.tensors.size());
   for (auto const& t : file.tensors) {
     out.text(t.name).number(t.dtype).number(t.offset).number(t.shape.rank());
     for (int d = 0; d < t.shape.rank(); ++d) out.number(t.shape[d]).number(t.origin[d]);
@@ -88,7 +91,7 @@ template <class = Deferred>
 FoundFile decode_found_file(ConstByteSpan bytes) {
   ByteReader in{bytes};
   FoundFile file;
-  file.path = in.text(), file.size = in.number<std::uint64_t>(), file.pieces = in.number<bool>();
+  file.path = in.text(), file.size = in.number<std::uint64_t>(), file.version = in.number<std::uint64_t>(), file.pieces = in.number<bool>();
   for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
     FoundTensor& t = file.tensors.emplace_back();
     t.name = in.text(), t.dtype = in.number<DType>(), t.offset = in.number<std::uint64_t>();
@@ -103,6 +106,23 @@ FoundFile decode_found_file(ConstByteSpan bytes) {
 }
 
 namespace detail {
+// Orders pieces, by their indices, so that equal boxes are equal.
+struct ByBox {
+  std::vector<StoredPiece> const* pieces;
+  bool operator()(std::size_t a, std::size_t b) const {
+    Box const &x = (*pieces)[a].box, &y = (*pieces)[b].box;
+    auto const order = std::lexicographical_compare_three_way(x.origin.begin(), x.origin.end(), y.origin.begin(), y.origin.end());
+    return order != 0 ? order < 0 : std::lexicographical_compare(x.shape.begin(), x.shape.end(), y.shape.begin(), y.shape.end());
+  }
+};
+
+inline bool countable(Extents const& shape) {
+  std::uint64_t product = 1;
+  return std::all_of(shape.begin(), shape.end(), [&](std::int64_t size) {
+    return checked_multiply(product, static_cast<std::uint64_t>(std::max<std::int64_t>(1, size)), product) && product <= INT64_MAX;
+  });
+}
+
 // What is left of `box` without `hole`, as disjoint boxes.
 template <class = Deferred>
 void subtract(Box const& box, Box const& hole, std::vector<Box>& out) {
@@ -164,7 +184,8 @@ bool any_overlap(std::vector<StoredPiece> const& pieces, Extents const& shape) {
 ///
 /// Rules     pieces of one tensor agree in dtype and rank, and cover it; of equal pieces the one in the lowest file name counts and
 ///           the others are listed; pieces that overlap otherwise are all kept, to be compared when read
-/// Throws    Error(dtype_mismatch, bad_schema, incomplete, duplicate_entry), all problems of all tensors listed
+/// Throws    Error(index_mismatch) for files that contradict each other, Error(incomplete), Error(overflow): all problems of all tensors
+///           listed, the code that of the first
 template <class = Deferred>
 Catalog assemble(std::vector<FoundFile> found) {
   std::sort(found.begin(), found.end(), [](FoundFile const& a, FoundFile const& b) { return a.path < b.path; });
@@ -175,7 +196,7 @@ Catalog assemble(std::vector<FoundFile> found) {
   Catalog catalog;
   std::vector<Reference> all;
   for (std::uint32_t f = 0; f < found.size(); ++f) {
-    catalog.files.push_back({found[f].path, found[f].size});
+    catalog.files.push_back({found[f].path, found[f].size, found[f].version});
     for (auto const& tensor : found[f].tensors) all.push_back({&tensor, f});
     catalog.ties.insert(catalog.ties.end(), found[f].ties.begin(), found[f].ties.end());
   }
@@ -188,6 +209,7 @@ Catalog assemble(std::vector<FoundFile> found) {
     FoundTensor const& first = *all[i].tensor;
     CatalogTensor tensor{first.name, first.dtype, Extents::filled(first.shape.rank(), 0), {}};
     bool usable = true;
+    std::set<std::size_t, detail::ByBox> distinct{detail::ByBox{&tensor.pieces}};   // a tensor may have as many pieces as a job has ranks
     std::size_t next = i;
     for (; next < all.size() && all[next].tensor->name == first.name; ++next) {
       FoundTensor const& piece = *all[next].tensor;
@@ -211,11 +233,17 @@ Catalog assemble(std::vector<FoundFile> found) {
           }
         }
         Box const box{piece.origin, piece.shape};
-        auto const same = std::find_if(tensor.pieces.begin(), tensor.pieces.end(), [&](StoredPiece const& p) { return p.box == box; });
-        // An empty piece holds nothing, so it may stand twice.
-        if (same == tensor.pieces.end()) tensor.pieces.push_back({all[next].file, piece.offset, box});
-        else if (!box.empty()) catalog.duplicates.push_back(first.name + " " + to_string(box) + ": in " + catalog.files[same->file].path + " (used) and in " + where(all[next]));
+        tensor.pieces.push_back({all[next].file, piece.offset, box});
+        if (auto const [same, fresh] = distinct.insert(tensor.pieces.size() - 1); !fresh) {
+          // An empty piece holds nothing, so it may stand twice.
+          if (!box.empty()) catalog.duplicates.push_back(first.name + " " + to_string(box) + ": in " + catalog.files[tensor.pieces[*same].file].path + " (used) and in " + where(all[next]));
+          tensor.pieces.pop_back();
+        }
       }
+    }
+    if (usable && !detail::countable(tensor.shape)) {
+      problems.add(ErrorCode::overflow, first.name + ": its pieces reach to " + to_string(tensor.shape) + ", more elements than fit into 63 bits");
+      usable = false;
     }
     if (usable && next - i > 1 && !tensor.pieces.empty()) {
       std::erase_if(tensor.pieces, [&](StoredPiece const& p) { return p.box.empty() && tensor.pieces.size() > 1; });

@@ -13,6 +13,7 @@
 #include <dcp/storage/storage.hpp>
 
 #include <algorithm>
+#include <charconv>
 #include <cstdint>
 #include <filesystem>
 #include <map>
@@ -77,6 +78,8 @@ template <class = Deferred>
 class SafeTensorsDriver final : public AnyStorage {
  public:
   explicit SafeTensorsDriver(SafeTensorsOptions options) : options_{std::move(options)} {
+    for (auto const& [key, value] : options_.metadata)
+      if (key == safetensors::sharding_info_key) throw Error{ErrorCode::invalid_argument, "the metadata key " + key + " tells readers that a file holds pieces of tensors; FileLayout::sharded sets it"};
     for (auto const& group : options_.groups) groups_.push_back({group.prefix, normal_directory(group.directory), group.names == Prefix::strip});
   }
 
@@ -146,7 +149,7 @@ class SafeTensorsDriver final : public AnyStorage {
         options.ignore_bad_total_size = options_.ignore_total_size;
         hf::Index index = hf::parse_index(read_file(medium, file, options.max_bytes), options);
         scan.indexed = true;
-        if (index.total_size && *index.total_size <= static_cast<std::uint64_t>(INT64_MAX)) scan.total_size = static_cast<std::int64_t>(*index.total_size);
+        if (index.total_size) scan.total_size = static_cast<std::int64_t>(std::min<std::uint64_t>(*index.total_size, INT64_MAX));
         scan.index = std::move(index.weight_map);
       } catch (Error& error) {
         throw error.with_path(file);
@@ -155,6 +158,15 @@ class SafeTensorsDriver final : public AnyStorage {
       for (auto const& [tensor, name] : scan.index) named.push_back(name);
       std::sort(named.begin(), named.end());
       named.erase(std::unique(named.begin(), named.end()), named.end());
+      if (single && !std::binary_search(named.begin(), named.end(), hf::single_file_name)) {
+        // Its files are gone, or it would have been decided above.
+        scan = Scan{};
+        scan.directory = path;
+        scan.warnings.push_back("the directory has " + std::string{hf::single_file_name} + " and an index of other files; the single file is used");
+        scan.files = {std::string{hf::single_file_name}};
+        return scan;
+      }
+      if (auto const files = files_by_name(named); files != 0 && files != named.size()) scan.warnings.push_back("the index names " + std::to_string(named.size()) + " files, and their names speak of " + std::to_string(files));
       for (auto const& name : scan.files)
         if (!std::binary_search(named.begin(), named.end(), name)) scan.warnings.push_back(name + " is not in the index and is left out");
       for (auto const& name : named)
@@ -172,6 +184,7 @@ class SafeTensorsDriver final : public AnyStorage {
       FoundFile found;
       found.path = file;
       found.size = in->size();
+      found.version = in->version();
       Bytes first(static_cast<std::size_t>(std::min<std::uint64_t>(8, found.size)));
       in->read_at(0, first);
       Bytes text(static_cast<std::size_t>(safetensors::header_bytes(first, found.size)));
@@ -196,7 +209,7 @@ class SafeTensorsDriver final : public AnyStorage {
       auto const is_tensor = [&](std::string_view name) { return std::binary_search(names.begin(), names.end(), name); };
       // "dropped": "kept" is how Hugging Face notes tied weights; other texts may be anything.
       for (auto const& [key, value] : header.metadata)
-        if (is_tensor(value) && !is_tensor(key)) found.ties.push_back({key, value});
+        if (key != "format" && is_tensor(value) && !is_tensor(key)) found.ties.push_back({key, value});
       return found;
     } catch (Error& error) {
       throw error.with_path(path);
@@ -213,6 +226,19 @@ class SafeTensorsDriver final : public AnyStorage {
   }
 
  private:
+  // The n that all of the names end in, as in model-00001-of-0000n.safetensors; 0 if there is none.
+  static std::uint64_t files_by_name(std::vector<std::string> const& names) {
+    std::uint64_t common = 0;
+    for (auto const& name : names) {
+      auto const at = name.rfind("-of-");
+      std::uint64_t files = 0;
+      if (at != std::string::npos) std::from_chars(name.data() + at + 4, name.data() + name.size(), files);
+      if (files == 0 || (common != 0 && files != common)) return 0;
+      common = files;
+    }
+    return common;
+  }
+
   // Where one tensor goes.
   struct Target {
     std::string stored_name;
@@ -441,6 +467,7 @@ struct MediumPlace<LocalFs> {
 /// safetensors over any medium. Place: std::filesystem::path for LocalFs, {medium, prefix} for others.
 template <class M>
 struct BasicSafeTensors {
+  using Medium = M;
   using Place = typename MediumPlace<M>::type;
   using Options = SafeTensorsOptions;
   static std::unique_ptr<AnyStorage> open(Options const& options) { return std::make_unique<detail::SafeTensorsDriver<>>(options); }

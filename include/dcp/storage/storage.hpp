@@ -67,15 +67,29 @@ class AnyStorage {
 };
 
 namespace detail {
-// One sentence per missing piece of a storage type; a_storage stops at the first one that is missing.
+// One sentence per missing piece of a storage type; a_storage stops at the first one that is missing. A storage over any medium names
+// it as its Medium, which then is looked at as well.
+template <class S>
+constexpr bool is_over_a_medium() {
+  if constexpr (requires { typename S::Medium; }) return Medium<typename S::Medium>;
+  else return true;
+}
+template <class S>
+inline constexpr bool has_medium = is_over_a_medium<S>();
 template <class S>
 inline constexpr bool has_place = requires { typename S::Place; };
 template <class S>
 inline constexpr bool has_options = requires { typename S::Options; };
 template <class S>
-inline constexpr bool has_open = requires(typename S::Options const& options) { { S::open(options) } -> std::convertible_to<std::unique_ptr<AnyStorage>>; };
+inline constexpr bool has_open = requires {
+  typename S::Options;   // asked first: clang++ 14 does not take a missing type of a parameter for an answer
+  requires requires(typename S::Options const& options) { { S::open(options) } -> std::convertible_to<std::unique_ptr<AnyStorage>>; };
+};
 template <class S>
-inline constexpr bool has_locate = requires(typename S::Place const& place) { { S::locate(place) } -> std::convertible_to<PlaceRef>; };
+inline constexpr bool has_locate = requires {
+  typename S::Place;
+  requires requires(typename S::Place const& place) { { S::locate(place) } -> std::convertible_to<PlaceRef>; };
+};
 
 template <class S>
 struct storage_has_a_place {
@@ -100,16 +114,17 @@ template <class S>
 constexpr auto first_check_of_storage() {
   if constexpr (!has_place<S>) return std::type_identity<storage_has_a_place<S>>{};
   else if constexpr (!has_options<S>) return std::type_identity<storage_has_options<S>>{};
+  else if constexpr (!has_medium<S>) return std::type_identity<a_medium<typename S::Medium>>{};
   else if constexpr (!has_open<S>) return std::type_identity<storage_opens<S>>{};
   else if constexpr (!has_locate<S>) return std::type_identity<storage_locates<S>>{};
   else return std::type_identity<storage_is_complete<S>>{};
 }
 /// As a base or a local variable: fails to compile, with the sentence of the first piece that `S` lacks.
 template <class S>
-struct a_storage : decltype(first_check_of_storage<S>())::type {};
+using a_storage = typename decltype(first_check_of_storage<S>())::type;
 
 template <class S>
-inline constexpr bool is_storage = has_place<S> && has_options<S> && has_open<S> && has_locate<S>;
+inline constexpr bool is_storage = has_place<S> && has_options<S> && has_medium<S> && has_open<S> && has_locate<S>;
 struct no_place {
   template <class T>
   no_place(T const&) {}

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// error: dcp: a Storage needs  static std::unique_ptr<AnyStorage> open(Options const&)  - the driver that plans and reads its files
+#include <dcp/checkpoint/save.hpp>
+#include <dcp/comm/self.hpp>
+
+#ifdef MISTAKE
+struct MyStorage {
+  using Place = std::string;
+  struct Options {};
+  static MyStorage open(Options const&) { return {}; }
+  static dcp::PlaceRef locate(Place const& place) { return {nullptr, place}; }
+};
+#else
+struct MyStorage {
+  using Place = std::string;
+  struct Options {};
+  static std::unique_ptr<dcp::AnyStorage> open(Options const&) { return nullptr; }
+  static dcp::PlaceRef locate(Place const& place) { return {nullptr, place}; }
+};
+#endif
+
+void save_all(dcp::SelfComm& self, float& rate) { dcp::save<MyStorage>(self, "ckpt", {{"rate", rate}}); }
+int main() {}

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// Counts what operator new hands out, to test that memory is bounded by what a file holds rather than by what it claims.
+// Include it in exactly one file of a test executable: it replaces the global operators new and delete of all of it.
+
+#include <atomic>
+#include <cstddef>
+#include <cstdlib>
+#include <new>
+
+#include <malloc.h>
+
+namespace dcp::test {
+
+inline std::atomic<std::size_t> live_bytes{0}, peak_bytes{0};
+
+/// The most that was allocated at once since it was made, beyond what was allocated then.
+class AllocationPeak {
+ public:
+  AllocationPeak() : before_{live_bytes.load()} { peak_bytes = before_; }
+  std::size_t bytes() const { return peak_bytes.load() - before_; }
+
+ private:
+  std::size_t before_;
+};
+
+inline void* counted(void* memory) {
+  if (memory == nullptr) throw std::bad_alloc{};
+  std::size_t const now = live_bytes += malloc_usable_size(memory);
+  for (auto peak = peak_bytes.load(); now > peak && !peak_bytes.compare_exchange_weak(peak, now);) {
+  }
+  return memory;
+}
+inline void release(void* memory) {
+  if (memory != nullptr) live_bytes -= malloc_usable_size(memory);
+  std::free(memory);
+}
+
+}  // namespace dcp::test
+
+void* operator new(std::size_t size) { return dcp::test::counted(std::malloc(size == 0 ? 1 : size)); }
+void* operator new(std::size_t size, std::align_val_t alignment) {
+  auto const unit = static_cast<std::size_t>(alignment);
+  return dcp::test::counted(std::aligned_alloc(unit, (size + unit - 1) / unit * unit + (size == 0 ? unit : 0)));
+}
+void operator delete(void* memory) noexcept { dcp::test::release(memory); }
+void operator delete(void* memory, std::size_t) noexcept { dcp::test::release(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { dcp::test::release(memory); }
+void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { dcp::test::release(memory); }

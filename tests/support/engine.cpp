@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "engine.hpp"
+
+namespace dcp::detail {
+template class SafeTensorsDriver<>;
+template Report save_state<>(CommRef, AnyStorage const&, PlaceRef const&, StateDict const&, SaveSettings const&);
+template Report load_state<>(CommRef, AnyStorage const&, PlaceRef const&, StateDict const&, LoadSettings const&);
+template OwnedState load_owned<>(CommRef, AnyStorage const&, PlaceRef const&, std::vector<std::string> const&, LoadSettings);
+template Report reshard_state<>(CommRef, StateDict const&, StateDict const&, ReshardOptions const&);
+template void remove_checkpoint<>(CommRef, PlaceRef const&);
+}  // namespace dcp::detail

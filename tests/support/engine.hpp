@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// Included in front of every test: the bodies behind the verbs are compiled once, in engine.cpp, and not once per test.
+#include <dcp/dcp.hpp>
+
+namespace dcp::detail {
+extern template class SafeTensorsDriver<>;
+extern template Report save_state<>(CommRef, AnyStorage const&, PlaceRef const&, StateDict const&, SaveSettings const&);
+extern template Report load_state<>(CommRef, AnyStorage const&, PlaceRef const&, StateDict const&, LoadSettings const&);
+extern template OwnedState load_owned<>(CommRef, AnyStorage const&, PlaceRef const&, std::vector<std::string> const&, LoadSettings);
+extern template Report reshard_state<>(CommRef, StateDict const&, StateDict const&, ReshardOptions const&);
+extern template void remove_checkpoint<>(CommRef, PlaceRef const&);
+}  // namespace dcp::detail
