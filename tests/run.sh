@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # Runs the tests of dcp on a Debian or Ubuntu machine as it comes: installs what is missing, builds, tests.
 #
-#   tests/run.sh            g++; clang++; address, undefined-behaviour and thread sanitizers; packaging, compile errors, fuzzers, PyTorch
+#   tests/run.sh            g++: all tests, packaging, compile errors, fuzzers; the same code under the address and undefined-behaviour sanitizers
+#   tests/run.sh --full     also under the thread sanitizer, and compiled by clang++
 #   tests/run.sh --quick    only the g++ build, without making the PyTorch environment
-#   tests/run.sh --long     campaigns (random laws, crashes, fuzzers) run long: hours
+#   tests/run.sh --long     all of it; campaigns (random laws, crashes, fuzzers) run long: hours
 #
 # Can be run again at any time; builds lie in build/. Ends with each build's result, what was not run and why, and a verdict.
 # Environment: DCP_JOBS (number of processors), DCP_CACHE (~/.cache/dcp: the PyTorch environment).
@@ -14,8 +15,9 @@ mode=default
 for argument in "$@"; do
   case $argument in
     --quick) mode=quick ;;
+    --full) mode=full ;;
     --long) mode=long ;;
-    *) sed -n '3,11s/^# \{0,1\}//p' "$0"; [ "$argument" = --help ]; exit ;;
+    *) sed -n '3,12s/^# \{0,1\}//p' "$0"; [ "$argument" = --help ]; exit ;;
   esac
 done
 
@@ -88,23 +90,27 @@ build_and_test gcc "all tests" g++ "$every_build;floors;headers;compile_fail;pac
 if [ $mode != quick ]; then
   build_and_test asan "the same code under the address and undefined-behaviour sanitizers" g++ "units;mpi" -DDCP_BUILD_EXAMPLES=OFF -DDCP_SANITIZE="address;undefined"
 
-  # On kernels with much address space randomisation the thread sanitizer of some compilers starts only without it.
-  probe=$(mktemp -d)
-  echo 'int main() {}' >"$probe/main.cpp"
-  if ! g++ -fsanitize=thread "$probe/main.cpp" -o "$probe/main" 2>/dev/null; then
-    not_run+=("thread sanitizer (g++ cannot link with it)")
-  elif "$probe/main" 2>/dev/null || { wrapper=(setarch "$(uname -m)" -R) && "${wrapper[@]}" "$probe/main" 2>/dev/null; }; then
-    build_and_test tsan "the same code under the thread sanitizer" g++ "units" -DDCP_BUILD_EXAMPLES=OFF -DDCP_SANITIZE=thread
+  if [ $mode = default ]; then
+    not_run+=("thread sanitizer and clang++ build (--full runs them)")
   else
-    not_run+=("thread sanitizer (its programs do not start on this kernel)")
-  fi
-  wrapper=()
-  rm -rf "$probe"
+    # On kernels with much address space randomisation the thread sanitizer of some compilers starts only without it.
+    probe=$(mktemp -d)
+    echo 'int main() {}' >"$probe/main.cpp"
+    if ! g++ -fsanitize=thread "$probe/main.cpp" -o "$probe/main" 2>/dev/null; then
+      not_run+=("thread sanitizer (g++ cannot link with it)")
+    elif "$probe/main" 2>/dev/null || { wrapper=(setarch "$(uname -m)" -R) && "${wrapper[@]}" "$probe/main" 2>/dev/null; }; then
+      build_and_test tsan "the same code under the thread sanitizer" g++ "units" -DDCP_BUILD_EXAMPLES=OFF -DDCP_SANITIZE=thread
+    else
+      not_run+=("thread sanitizer (its programs do not start on this kernel)")
+    fi
+    wrapper=()
+    rm -rf "$probe"
 
-  if dcp_has clang; then
-    build_and_test clang "the same code compiled by clang++" clang++ "$every_build"
-  else
-    not_run+=("clang++ build (clang++ was not found)")
+    if dcp_has clang; then
+      build_and_test clang "the same code compiled by clang++" clang++ "$every_build"
+    else
+      not_run+=("clang++ build (clang++ was not found)")
+    fi
   fi
 else
   not_run+=("clang++ build and sanitizers (--quick)")

@@ -106,14 +106,16 @@ void check_placement(Case const& one, dcp::OwnedState const& whole, int ranks) {
       CHECK(report.foreign);
       CHECK(report.tensors == wanted.size());
       for (auto const& [name, part] : parts) {
-        CAPTURE(name);
+        auto const& shown_name = name;   // older clang++ does not capture bindings
+        CAPTURE(shown_name);
         auto const& tensor = whole.tensors().at(name);
         CHECK(part.memory == dcp::test::cut_out(tensor.bytes(), tensor.dtype(), tensor.shape(), part.box));
       }
     });
   };
   for (auto const& name : cut_inside_a_byte) {
-    CAPTURE(name);
+    auto const& shown_name = name;   // older clang++ does not capture bindings
+    CAPTURE(shown_name);
     CHECK(golden::outcome([&] { load({name}); }) == "misaligned");
     names.erase(name);
   }
@@ -148,7 +150,8 @@ TEST_CASE("every golden checkpoint loads whole: names, dtypes, shapes and every 
     CHECK(state.values().empty());
     CHECK(state.report().foreign);
     for (auto const& [name, kept] : names) {
-      CAPTURE(name);
+      auto const& shown_name = name;   // older clang++ does not capture bindings
+      CAPTURE(shown_name);
       REQUIRE(state.tensors().contains(name));
       auto const& tensor = state.tensors().at(name);
       auto const& facts = one.expected["tensors"][kept];
@@ -201,7 +204,8 @@ TEST_CASE("on torch's meshes and placements every rank holds torch's box, and lo
       for (auto const& [name, shards] : one.expected["shards"].items())
         for (auto const& shard : shards) {
           if (shard["rank"].get<int>() != world.rank()) continue;
-          CAPTURE(name);
+          auto const& shown_name = name;   // older clang++ does not capture bindings
+          CAPTURE(shown_name);
           CAPTURE(world.rank());
           auto const& part = parts.at(name);
           CHECK(part.box.origin == extents_of(shard["offsets"]));

@@ -43,6 +43,14 @@ void* operator new(std::size_t size, std::align_val_t alignment) {
   auto const unit = static_cast<std::size_t>(alignment);
   return dcp::test::counted(std::aligned_alloc(unit, (size + unit - 1) / unit * unit + (size == 0 ? unit : 0)));
 }
+void* operator new(std::size_t size, std::nothrow_t const&) noexcept {   // std::stable_sort asks for its buffer so
+  try {
+    return operator new(size);
+  } catch (std::bad_alloc const&) {
+    return nullptr;
+  }
+}
+void operator delete(void* memory, std::nothrow_t const&) noexcept { dcp::test::release(memory); }
 void operator delete(void* memory) noexcept { dcp::test::release(memory); }
 void operator delete(void* memory, std::size_t) noexcept { dcp::test::release(memory); }
 void operator delete(void* memory, std::align_val_t) noexcept { dcp::test::release(memory); }

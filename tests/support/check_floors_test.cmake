@@ -43,7 +43,7 @@ fault(inspect/draw.hpp "${head}#include <dcp/checkpoint/save.hpp>\n" "inspect/ (
 fault(base/error.hpp "${head}#include <dcp/core/shape.hpp>\n" "base/ (floor 0) includes <dcp/core/shape.hpp> of core/ (floor 1)")
 fault(checkpoint/save.hpp "${head}#include <dcp/dcp.hpp>\n" "checkpoint/ (floor 4) includes <dcp/dcp.hpp> of roof/ (floor 5)")
 fault(core/box.hpp "${head}#include <nlohmann/json.hpp>\n" "core/ is on floor 1 and includes <nlohmann/json.hpp>; JSON begins at floor 2")
-fault(comm/communicator.hpp "${head}#include <mpi.h>\n" "includes <mpi.h>, which only comm/mpi.hpp may")
+fault(comm/communicator.hpp "${head}#include <mpi.h>\n" "includes <mpi.h>, which only comm/mpi.hpp")
 fault(core/box.hpp "${head}#include <Eigen/Core>\n" "includes <Eigen/Core>, which only ext/eigen.hpp may")
 fault(core/box.hpp "${head}#include <cuda_runtime.h>\n" "includes <cuda_runtime.h>, which only")
 fault(dcp.hpp "${head}#include <dcp/comm/mpi.hpp>\n" "needs an optional dependency")
