@@ -229,6 +229,14 @@ TEST_CASE("commit record: values of the wrong type are refused, checksum or not"
   CHECK(outcome_of(std::string(17, '[')) == "limit");
 }
 
+TEST_CASE("commit record: files outside of the checkpoint are refused, and files listed twice or out of order") {
+  for (std::string_view const path : {"", "/etc/passwd", "../x", "a/../b", "a//b", "./a", "a/.", "a/", "a\\\\b", "a\\u0000b"})
+    CHECK_MESSAGE(outcome_of(resigned(replaced(text_of(small_record()), "model.safetensors", path))) == "unsafe_path", path);
+  for (std::string_view const path : {"z", "sub/\xc3\xa9 \\\"x\\\".json"})
+    CHECK_MESSAGE(outcome_of(resigned(replaced(text_of(small_record()), "model.safetensors", path))) == "bad_schema", path);
+  for (std::string_view const path : {"a..b", "..a/b", "a/...", "a b"}) CHECK_MESSAGE(outcome_of(resigned(replaced(text_of(small_record()), "model.safetensors", path))) == "ok", path);
+}
+
 TEST_CASE("commit record: a truncated record is refused, wherever it ends") {
   auto const text = text_of(small_record());
   for (std::size_t size = 0; size + 1 < text.size(); ++size) CHECK_MESSAGE(outcome_of(text.substr(0, size)) != "ok", size);

@@ -276,6 +276,7 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
     if (opened.record)
       for (std::size_t f = static_cast<std::size_t>(comm.rank()); f < opened.record->files.size(); f += static_cast<std::size_t>(comm.size())) {
         RecordFile const& listed = opened.record->files[f];
+        if (listed.path == values_name && verify != Verify::none) static_cast<void>(opened.checksums.of(listed.path));   // rank 0 has read the file, not the table
         if (listed.data || listed.path == values_name) continue;
         std::string const path = opened.directory + '/' + listed.path;
         auto const file = medium.open_read(path);

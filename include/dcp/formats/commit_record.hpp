@@ -100,6 +100,19 @@ bool parse_bits(std::string_view text, std::size_t digits, std::uint64_t& bits) 
 template <class = Deferred>
 [[noreturn]] void bad_record(std::string what) { throw Error{ErrorCode::bad_schema, std::move(what)}; }   // parse_record says of what
 
+// Whoever can write a record must not thereby make others read outside the checkpoint.
+template <class = Deferred>
+void require_inside(std::string const& path) {
+  bool safe = !path.empty() && path.find('\0') == std::string::npos && path.find('\\') == std::string::npos;
+  for (std::size_t at = 0; safe && at <= path.size();) {
+    auto const slash = std::min(path.find('/', at), path.size());
+    auto const part = std::string_view{path}.substr(at, slash - at);
+    safe = !part.empty() && part != "." && part != "..";
+    at = slash + 1;
+  }
+  if (!safe) throw Error{ErrorCode::unsafe_path, "the commit record lists the file " + json_quoted(path) + ", which does not stay inside the checkpoint"};
+}
+
 template <class = Deferred>
 void append_number(JsonValue const& item, DType dtype, Bytes& out) {
   bool fits = false;
@@ -239,8 +252,12 @@ CommitRecord parse_fields(JsonValue const& json, ConstByteSpan large, bool with_
   record.committed = text(json, "state") == "committed";
   record.storage = text(json, "storage");
   record.file_layout = text(json, "file_layout");
-  for (auto const& f : json.at("files").items())
-    record.files.push_back({text(f, "path"), f.at("size").template number<std::uint64_t>(), checksum(f, "crc64"), checksum(f, "chunks_crc64"), f.contains("data") && f.at("data").boolean()});
+  for (auto const& f : json.at("files").items()) {
+    RecordFile file{text(f, "path"), f.at("size").template number<std::uint64_t>(), checksum(f, "crc64"), checksum(f, "chunks_crc64"), f.contains("data") && f.at("data").boolean()};
+    require_inside(file.path);
+    if (!record.files.empty() && file.path <= record.files.back().path) bad_record("its files are not sorted by path, each once");
+    record.files.push_back(std::move(file));
+  }
   for (auto const& g : json.at("groups").items()) record.groups.push_back({text(g, "prefix"), text(g, "directory"), g.at("strip").boolean()});
   for (auto const& t : json.at("tensors").items()) record.tensors.push_back({text(t, "name"), parse_dtype_of(t), parse_shape(t.at("shape"))});
   if (with_values)
@@ -295,7 +312,7 @@ Bytes write_record(CommitRecord const& record, Bytes& large) {
 
 /// Reads dcp.json. `large`: the bytes of dcp.values, if the record lists that file; pass nothing to learn only what files there are.
 ///
-/// Throws    Error(bad_utf8, bad_json, limit, bad_schema, bad_version, corrupt)
+/// Throws    Error(bad_utf8, bad_json, limit, bad_schema, bad_version, corrupt, unsafe_path)
 template <class = Deferred>
 CommitRecord parse_record(ConstByteSpan bytes, ConstByteSpan large, bool with_values = true) {
   auto const tree = detail::JsonTree::parse(bytes, "the commit record");
