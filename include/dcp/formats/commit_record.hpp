@@ -3,8 +3,8 @@
 // dcp.json, the commit record: what a checkpoint consists of, and that it is complete. A directory whose record says "committed" and
 // whose files have the sizes and checksums listed there is a checkpoint, wherever it was copied.
 //
-// The file is JSON. Its first line holds the CRC-64/NVME of everything after that line, so that a changed byte in a value or in the
-// list of files is noticed like one in the data. dcp.crc, beside it, holds the chunk checksums of the data files: 8 bytes each,
+// The file is JSON. Its first line holds the CRC-64/NVME of everything after that line and nothing else, so that a changed byte anywhere
+// is noticed like one in the data. dcp.crc, beside it, holds the chunk checksums of the data files: 8 bytes each,
 // little-endian, the tables of the files in the order of the list.
 
 #include <dcp/base/config.hpp>
@@ -14,14 +14,16 @@
 #include <dcp/base/text.hpp>
 #include <dcp/core/shape.hpp>
 #include <dcp/core/value.hpp>
-
-#include <nlohmann/json.hpp>
+#include <dcp/formats/json_tree.hpp>
 
 #include <algorithm>
-#include <array>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <span>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -91,12 +93,12 @@ std::string exact_numbers(Value const& value) {
 }
 
 template <class = Deferred>
-bool parse_bits(std::string const& text, std::size_t digits, std::uint64_t& bits) {
-  return text.size() == digits + 2 && text.starts_with("0x") && parse_hex16(std::string(16 - digits, '0') + text.substr(2), bits);
+bool parse_bits(std::string_view text, std::size_t digits, std::uint64_t& bits) {
+  return text.size() == digits + 2 && text.starts_with("0x") && parse_hex16(std::string(16 - digits, '0') += text.substr(2), bits);
 }
 
 template <class = Deferred>
-[[noreturn]] void bad_record(std::string const& what) { throw Error{ErrorCode::bad_schema, "the commit record is not as this library writes it: " + what}; }
+[[noreturn]] void bad_record(std::string what) { throw Error{ErrorCode::bad_schema, std::move(what)}; }   // parse_record says of what
 
 // Whoever can write a record must not thereby make others read outside the checkpoint.
 template <class = Deferred>
@@ -111,52 +113,32 @@ void require_inside(std::string const& path) {
   if (!safe) throw Error{ErrorCode::unsafe_path, "the commit record lists the file " + json_quoted(path) + ", which does not stay inside the checkpoint"};
 }
 
-// The JSON library turns -1 into 2^64 - 1 without a word.
 template <class = Deferred>
-std::uint64_t natural(nlohmann::json const& item) {
-  if (!item.is_number_unsigned()) bad_record("a number that counts something is " + item.dump());
-  return item.get<std::uint64_t>();
-}
-
-template <class = Deferred>
-void append_number(nlohmann::json const& item, DType dtype, Bytes& out) {
+void append_number(JsonValue const& item, DType dtype, Bytes& out) {
   bool fits = false;
   with_number_type(dtype, [&](auto type) {
     using T = decltype(type);
     T number{};
     if constexpr (std::is_same_v<T, bool>) {
-      if (!(fits = item.is_boolean())) return;
-      out.push_back(item.get<bool>() ? std::byte{1} : std::byte{0});
-      return;
-    } else if constexpr (std::is_floating_point_v<T>) {
-      std::uint64_t bits = 0;
-      if (item.is_string() && parse_bits(item.get_ref<std::string const&>(), 2 * sizeof(T), bits)) {
-        std::memcpy(&number, &bits, sizeof number);
-        fits = true;
-      } else if ((fits = item.is_number())) {
-        number = static_cast<T>(item.get<double>());
-      }
-    } else if constexpr (std::is_signed_v<T>) {
-      if (item.is_number_integer() && (!item.is_number_unsigned() || item.get<std::uint64_t>() <= static_cast<std::uint64_t>(INT64_MAX))) {
-        auto const wide = item.get<std::int64_t>();
-        number = static_cast<T>(wide);
-        fits = number == wide;
-      }
+      out.push_back(item.boolean() ? std::byte{1} : std::byte{0});
+      fits = true;
     } else {
-      if (item.is_number_unsigned()) {
-        auto const wide = item.get<std::uint64_t>();
-        number = static_cast<T>(wide);
-        fits = number == wide;
+      if constexpr (std::is_floating_point_v<T>) {
+        if (std::uint64_t bits = 0; item.is_string() && parse_bits(item.text(), 2 * sizeof(T), bits)) {
+          std::memcpy(&number, &bits, sizeof number);
+          fits = true;
+        }
       }
+      fits = fits || item.number(number);   // a float was written as the double of the same value: its text is nearest to that float, too
+      auto const bytes = std::as_bytes(std::span{&number, 1});
+      out.insert(out.end(), bytes.begin(), bytes.end());
     }
-    auto const bytes = std::as_bytes(std::span{&number, 1});
-    out.insert(out.end(), bytes.begin(), bytes.end());
   });
-  if (!fits) bad_record("a number of type " + std::string{to_string(dtype)} + " is " + item.dump());
+  if (!fits) bad_record("a number of type " + std::string{to_string(dtype)} + " is " + shown(item.spelling()));
 }
 
 template <class = Deferred>
-Bytes parse_hex_text(std::string const& text) {
+Bytes parse_hex_text(std::string_view text) {
   auto const digit = [](char c) { return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1; };
   Bytes bytes;
   if (text.size() % 2 != 0) bad_record("an odd number of hexadecimal digits");
@@ -193,30 +175,45 @@ std::string value_fields(Value const& value, Bytes& large) {
 }
 
 template <class = Deferred>
-Value parse_value(nlohmann::json const& from, ConstByteSpan large) {
+DType parse_dtype_of(JsonValue const& from) {
+  DType dtype{};
+  if (auto const name = from.at("dtype").text(); !parse_dtype(name, dtype)) bad_record("the unknown dtype " + shown(name));
+  return dtype;
+}
+
+template <class = Deferred>
+Value parse_value(JsonValue const& from, ConstByteSpan large) {
   Value value;
-  auto const kind = from.at("kind").get<std::string>();
+  auto const kind = from.at("kind").text();
   auto const known = std::find(value_kind_names.begin(), value_kind_names.end(), kind);
-  if (known == value_kind_names.end()) bad_record("a value of kind " + kind);
+  if (known == value_kind_names.end()) bad_record("a value of the unknown kind " + shown(kind));
   value.kind = static_cast<ValueKind>(known - value_kind_names.begin());
-  if (from.contains("dtype") && !parse_dtype(from.at("dtype").get<std::string>(), value.dtype)) bad_record("a value of dtype " + from.at("dtype").dump());
+  bool const numbers = value.kind == ValueKind::number || value.kind == ValueKind::array;
+  std::uint64_t element_bytes = 1;
+  if (numbers) {
+    value.dtype = parse_dtype_of(from);
+    if (!with_number_type(value.dtype, [&](auto type) { element_bytes = sizeof type; })) bad_record("a value of dtype " + std::string{to_string(value.dtype)});
+  }
   if (value.kind == ValueKind::per_rank) {
-    for (auto const& one : from.at("ranks")) value.ranks.push_back(parse_value(one, large));
+    for (auto const& one : from.at("ranks").items()) value.ranks.push_back(parse_value(one, large));
     return value;
   }
   if (from.contains("at")) {
-    auto const offset = natural(from.at("at").at(0)), size = natural(from.at("at").at(1));
+    auto const at = from.at("at").items();
+    if (at.size() != 2) bad_record("a value at no pair of numbers");
+    auto const offset = at[0].template number<std::uint64_t>(), size = at[1].template number<std::uint64_t>();
     if (offset > large.size() || size > large.size() - offset) bad_record("a value lies outside " + std::string{values_name});
+    if (value.kind == ValueKind::number || size % element_bytes != 0) bad_record("a value of the wrong size in " + std::string{values_name});
     auto const payload = large.subspan(static_cast<std::size_t>(offset), static_cast<std::size_t>(size));
     value.payload.assign(payload.begin(), payload.end());
     return value;
   }
-  auto const& item = from.at("value");
+  auto const item = from.at("value");
   if (value.kind == ValueKind::number) append_number(item, value.dtype, value.payload);
-  else if (value.kind == ValueKind::array) for (auto const& number : item) append_number(number, value.dtype, value.payload);
-  else if (value.kind == ValueKind::bytes) value.payload = parse_hex_text(item.get_ref<std::string const&>());
+  else if (value.kind == ValueKind::array) for (auto const& number : item.items()) append_number(number, value.dtype, value.payload);
+  else if (value.kind == ValueKind::bytes) value.payload = parse_hex_text(item.text());
   else {
-    auto const text = as_byte_span(item.get_ref<std::string const&>());
+    auto const text = as_byte_span(item.text());
     value.payload.assign(text.begin(), text.end());
   }
   return value;
@@ -230,14 +227,47 @@ std::string numbers_text(Extents const& extents) {
 }
 
 template <class = Deferred>
-std::vector<std::int64_t> integers(nlohmann::json const& list, std::size_t most) {
-  if (!list.is_array() || list.size() > most) bad_record("a shape is too long or no list");
-  std::vector<std::int64_t> result;
-  for (auto const& item : list) {
-    if (!item.is_number_integer()) bad_record("a size is " + item.dump());
-    result.push_back(item.get<std::int64_t>());
+Extents parse_shape(JsonValue const& list) {
+  std::vector<std::int64_t> sizes;
+  for (auto const& item : list.items()) sizes.push_back(item.template number<std::int64_t>());
+  if (sizes.size() > max_rank || std::any_of(sizes.begin(), sizes.end(), [](auto size) { return size < 0; })) bad_record("a shape of too many or negative sizes");
+  return Extents{sizes};
+}
+
+template <class = Deferred>
+std::string first_line(std::uint64_t crc) { return "{\"dcp_crc64\": \"" + hex16(crc) + "\",\n"; }
+
+template <class = Deferred>
+CommitRecord parse_fields(JsonValue const& json, ConstByteSpan large, bool with_values) {
+  auto const text = [](JsonValue const& from, std::string_view name) { return std::string{from.at(name).text()}; };
+  auto const checksum = [](JsonValue const& from, std::string_view name) {
+    std::uint64_t crc = 0;
+    if (!parse_hex16(from.at(name).text(), crc)) bad_record("a checksum that is not 16 hexadecimal digits");
+    return crc;
+  };
+  if (json.at("chunk_bytes").template number<std::uint64_t>() != chunk_bytes) bad_record("chunks of another size");
+  CommitRecord record;
+  record.id = text(json, "id");
+  record.sequence = json.at("sequence").template number<std::uint64_t>();
+  record.committed = text(json, "state") == "committed";
+  record.storage = text(json, "storage");
+  record.file_layout = text(json, "file_layout");
+  for (auto const& f : json.at("files").items()) {
+    RecordFile file{text(f, "path"), f.at("size").template number<std::uint64_t>(), checksum(f, "crc64"), checksum(f, "chunks_crc64"), f.contains("data") && f.at("data").boolean()};
+    require_inside(file.path);
+    if (!record.files.empty() && file.path <= record.files.back().path) bad_record("its files are not sorted by path, each once");
+    record.files.push_back(std::move(file));
   }
-  return result;
+  for (auto const& g : json.at("groups").items()) record.groups.push_back({text(g, "prefix"), text(g, "directory"), g.at("strip").boolean()});
+  for (auto const& t : json.at("tensors").items()) record.tensors.push_back({text(t, "name"), parse_dtype_of(t), parse_shape(t.at("shape"))});
+  if (with_values)
+    for (auto const& v : json.at("values").items()) record.values.emplace_back(text(v, "name"), parse_value(v, large));
+  for (auto const& t : json.at("ties").items()) {
+    auto const names = t.items();
+    if (names.size() != 2) bad_record("a tie of no pair of names");
+    record.ties.emplace_back(names[0].text(), names[1].text());
+  }
+  return record;
 }
 }  // namespace detail
 
@@ -275,60 +305,33 @@ Bytes write_record(CommitRecord const& record, Bytes& large) {
   list("values", record.values, [&](auto const& v) { out += "{\"name\":" + json_quoted(v.first) + ',' + detail::value_fields(v.second, large) + '}'; });
   list("ties", record.ties, [&](auto const& t) { out += '[' + json_quoted(t.first) + ',' + json_quoted(t.second) + ']'; });
   out += "\n}\n";
-  std::string const text = "{\"dcp_crc64\": \"" + hex16(crc64(as_byte_span(out))) + "\",\n" + out;
+  std::string const text = detail::first_line(crc64(as_byte_span(out))) + out;
   auto const bytes = as_byte_span(text);
   return Bytes(bytes.begin(), bytes.end());
 }
 
 /// Reads dcp.json. `large`: the bytes of dcp.values, if the record lists that file; pass nothing to learn only what files there are.
 ///
-/// Throws    Error(bad_json, bad_schema, bad_version, corrupt)
+/// Throws    Error(bad_utf8, bad_json, limit, bad_schema, bad_version, corrupt, unsafe_path)
 template <class = Deferred>
 CommitRecord parse_record(ConstByteSpan bytes, ConstByteSpan large, bool with_values = true) {
-  auto const text = as_text(bytes);
-  if (first_invalid_utf8(text) != std::string_view::npos) throw Error{ErrorCode::bad_utf8, "the commit record is not UTF-8"};
-  nlohmann::json json;
+  auto const tree = detail::JsonTree::parse(bytes, "the commit record");
+  auto const json = tree.root();
   try {
-    json = nlohmann::json::parse(text);
-  } catch (nlohmann::json::exception const& error) {
-    throw Error{ErrorCode::bad_json, std::string{"the commit record is not JSON: "} + error.what()};
-  }
-  try {
-    if (!json.is_object() || !json.contains("dcp_crc64") || !json.contains("format")) detail::bad_record("it is JSON of another kind");
-    if (detail::natural(json.at("format")) > record_format)
-      throw Error{ErrorCode::bad_version, "the checkpoint has record format " + json.at("format").dump() + ", and this library reads up to " + std::to_string(record_format)}.with_hint("read it with a newer version of dcp");
+    if (json.kind() != detail::JsonNodeKind::object || !json.contains("dcp_crc64") || !json.contains("format")) detail::bad_record("it is JSON of another kind");
+    // Before the checksum: what a later format's is of is not known here.
+    if (auto const format = json.at("format"); format.template number<std::int64_t>() > record_format)
+      throw Error{ErrorCode::bad_version, "the checkpoint has record format " + std::string{format.spelling()} + ", and this library reads up to " + std::to_string(record_format)}.with_hint("read it with a newer version of dcp");
+    auto const text = as_text(bytes);
     auto const line = text.find('\n');
     std::uint64_t crc = 0;
-    if (line == std::string_view::npos || !parse_hex16(json.at("dcp_crc64").get<std::string>(), crc)) detail::bad_record("it does not begin with its checksum");
+    if (!parse_hex16(json.at("dcp_crc64").text(), crc) || line == std::string_view::npos || text.substr(0, line + 1) != detail::first_line(crc))
+      detail::bad_record("it does not begin with its checksum");
     if (crc != crc64(as_byte_span(text.substr(line + 1)))) throw Error{ErrorCode::corrupt, "the commit record does not have the checksum that stands in its first line"};
-    if (detail::natural(json.at("chunk_bytes")) != chunk_bytes) detail::bad_record("chunks of another size");
-    CommitRecord record;
-    record.id = json.at("id").get<std::string>();
-    record.sequence = detail::natural(json.at("sequence"));
-    record.committed = json.at("state").get<std::string>() == "committed";
-    record.storage = json.at("storage").get<std::string>();
-    record.file_layout = json.at("file_layout").get<std::string>();
-    for (auto const& f : json.at("files")) {
-      RecordFile file{f.at("path").get<std::string>(), detail::natural(f.at("size")), 0, 0, f.value("data", false)};
-      detail::require_inside(file.path);
-      if (!record.files.empty() && file.path <= record.files.back().path) detail::bad_record("its files are not sorted by path, each once");
-      if (!parse_hex16(f.at("crc64").get<std::string>(), file.crc) || !parse_hex16(f.at("chunks_crc64").get<std::string>(), file.table_crc)) detail::bad_record("a checksum");
-      record.files.push_back(std::move(file));
-    }
-    for (auto const& g : json.at("groups")) record.groups.push_back({g.at("prefix").get<std::string>(), g.at("directory").get<std::string>(), g.at("strip").get<bool>()});
-    for (auto const& t : json.at("tensors")) {
-      RecordTensor tensor;
-      tensor.name = t.at("name").get<std::string>();
-      if (!parse_dtype(t.at("dtype").get<std::string>(), tensor.dtype)) detail::bad_record("a tensor of dtype " + t.at("dtype").dump());
-      tensor.shape = Extents{detail::integers(t.at("shape"), max_rank)};
-      record.tensors.push_back(std::move(tensor));
-    }
-    if (with_values)
-      for (auto const& v : json.at("values")) record.values.emplace_back(v.at("name").get<std::string>(), detail::parse_value(v, large));
-    for (auto const& t : json.at("ties")) record.ties.emplace_back(t.at(0).get<std::string>(), t.at(1).get<std::string>());
-    return record;
-  } catch (nlohmann::json::exception const& error) {
-    detail::bad_record(error.what());
+    return detail::parse_fields(json, large, with_values);
+  } catch (Error const& error) {
+    if (error.code() != ErrorCode::bad_schema) throw;
+    throw Error{ErrorCode::bad_schema, "the commit record is not as this library writes it: " + error.message()};
   }
 }
 
