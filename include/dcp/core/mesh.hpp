@@ -165,9 +165,14 @@ class DeviceMesh : detail::axes_in_range<N> {
   template <int... Axis>
   constexpr DeviceMesh<static_cast<int>(sizeof...(Axis))> sub(std::array<std::int64_t, detail::axes_beside(N, sizeof...(Axis))> const& others) const {
     (static_cast<void>(detail::axis_of_mesh<Axis, N>{}), ...);
-    constexpr int distinct = [] {
+    constexpr int distinct = [] {   // of whatever was named: an axis that the mesh lacks is one mistake, not two
       int count = 0;
-      for (int a = 0; a < N; ++a) count += ((Axis == a) || ...) ? 1 : 0;
+      std::array<int, sizeof...(Axis)> const named{Axis...};
+      for (std::size_t i = 0; i < named.size(); ++i) {
+        bool before = false;
+        for (std::size_t j = 0; j < i; ++j) before = before || named[j] == named[i];
+        count += before ? 0 : 1;
+      }
       return count;
     }();
     static_cast<void>(detail::axes_named_once<static_cast<int>(sizeof...(Axis)), distinct>{});
@@ -181,7 +186,12 @@ class DeviceMesh : detail::axes_in_range<N> {
         throw Error{ErrorCode::invalid_argument, "coordinate " + std::to_string(at) + " on mesh axis " + std::to_string(a) + " of extent " + std::to_string(geometry_.extents[a])};
       part.base += at * geometry_.strides[a];
     }
-    (static_cast<void>(part.extents[static_cast<std::size_t>(part.axes)] = geometry_.extents[Axis], part.strides[static_cast<std::size_t>(part.axes)] = geometry_.strides[Axis], ++part.axes), ...);
+    auto const keep = [&](std::size_t a) {
+      auto const next = static_cast<std::size_t>(part.axes++);
+      part.extents[next] = geometry_.extents[a];
+      part.strides[next] = geometry_.strides[a];
+    };
+    (keep(static_cast<std::size_t>(Axis)), ...);
     return DeviceMesh<static_cast<int>(sizeof...(Axis))>{part, rank_};
   }
 
