@@ -186,7 +186,7 @@ class DeviceMesh : detail::axes_in_range<N> {
         throw Error{ErrorCode::invalid_argument, "coordinate " + std::to_string(at) + " on mesh axis " + std::to_string(a) + " of extent " + std::to_string(geometry_.extents[a])};
       part.base += at * geometry_.strides[a];
     }
-    auto const keep = [&](std::size_t a) {
+    [[maybe_unused]] auto const keep = [&](std::size_t a) {   // unused where no axis is named
       auto const next = static_cast<std::size_t>(part.axes++);
       part.extents[next] = geometry_.extents[a];
       part.strides[next] = geometry_.strides[a];
