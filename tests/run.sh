@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Runs the tests of dcp on a Debian or Ubuntu machine as it comes: installs what is missing, builds, tests.
 #
-#   tests/run.sh            g++: all tests, packaging, compile errors, fuzzers; the same code under the address and undefined-behaviour sanitizers
-#   tests/run.sh --full     also under the thread sanitizer, and compiled by clang++
+#   tests/run.sh            g++: all tests, packaging, compile errors, fuzzers; the same code under the address and undefined-behaviour
+#                           sanitizers; compiled by clang++, under the thread sanitizer
+#   tests/run.sh --full     also compiled by clang++ without sanitizers, with MPI and the examples
 #   tests/run.sh --quick    only the g++ build, without making the PyTorch environment
 #   tests/run.sh --long     all of it; campaigns (random laws, crashes, fuzzers) run long: hours
 #
@@ -90,27 +91,30 @@ build_and_test gcc "all tests" g++ "$every_build;floors;headers;compile_fail;pac
 if [ $mode != quick ]; then
   build_and_test asan "the same code under the address and undefined-behaviour sanitizers" g++ "units;mpi" -DDCP_BUILD_EXAMPLES=OFF -DDCP_SANITIZE="address;undefined"
 
-  if [ $mode = default ]; then
-    not_run+=("thread sanitizer and clang++ build (--full runs them)")
-  else
-    # On kernels with much address space randomisation the thread sanitizer of some compilers starts only without it.
-    probe=$(mktemp -d)
-    echo 'int main() {}' >"$probe/main.cpp"
-    if ! g++ -fsanitize=thread "$probe/main.cpp" -o "$probe/main" 2>/dev/null; then
-      not_run+=("thread sanitizer (g++ cannot link with it)")
-    elif "$probe/main" 2>/dev/null || { wrapper=(setarch "$(uname -m)" -R) && "${wrapper[@]}" "$probe/main" 2>/dev/null; }; then
-      build_and_test tsan "the same code under the thread sanitizer" g++ "units" -DDCP_BUILD_EXAMPLES=OFF -DDCP_SANITIZE=thread
-    else
+  # clang++ compiles the suite once, with its thread sanitizer; g++'s stands in where there is no clang++.
+  tsan=clang++
+  dcp_has clang || tsan=g++
+  # On kernels with much address space randomisation the programs of some compilers start only without it.
+  probe=$(mktemp -d)
+  echo 'int main() {}' >"$probe/main.cpp"
+  if ! $tsan -fsanitize=thread "$probe/main.cpp" -o "$probe/main" 2>/dev/null; then
+    not_run+=("thread sanitizer ($tsan cannot link with it)")
+    tsan=""
+  elif ! "$probe/main" 2>/dev/null; then
+    wrapper=(setarch "$(uname -m)" -R)
+    if ! "${wrapper[@]}" "$probe/main" 2>/dev/null; then
       not_run+=("thread sanitizer (its programs do not start on this kernel)")
+      tsan=""
     fi
-    wrapper=()
-    rm -rf "$probe"
+  fi
+  rm -rf "$probe"
+  if [ -n "$tsan" ]; then build_and_test tsan "the same code, compiled by $tsan, under the thread sanitizer" "$tsan" "units" -DDCP_BUILD_EXAMPLES=OFF -DDCP_SANITIZE=thread; fi
+  wrapper=()
 
-    if dcp_has clang; then
-      build_and_test clang "the same code compiled by clang++" clang++ "$every_build"
-    else
-      not_run+=("clang++ build (clang++ was not found)")
-    fi
+  if ! dcp_has clang; then
+    not_run+=("clang++ build (clang++ was not found)")
+  elif [ $mode = full ] || [ $mode = long ] || [ -z "$tsan" ]; then
+    build_and_test clang "the same code compiled by clang++, without sanitizers" clang++ "$every_build"
   fi
 else
   not_run+=("clang++ build and sanitizers (--quick)")

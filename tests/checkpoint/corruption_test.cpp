@@ -13,6 +13,7 @@
 #include <doctest/doctest.h>
 
 #include <cstdlib>
+#include <fstream>
 #include <functional>
 #include <optional>
 #include <set>
@@ -234,6 +235,34 @@ std::string between(dcp::Bytes const& record, std::string const& begin, std::str
 }
 
 }  // namespace
+
+// PyTorch's own reused directory: rows 4 to 7 stand in file 3 and again in file 2, a leftover. The lowest name counts.
+TEST_CASE("load: a piece that is stored twice is compared with verify = full, and not read again without") {
+  Files files;
+  std::string const golden = std::string{DCP_TESTS_DIR} + "/golden/hf/reused_dir_2x2/ckpt/";
+  for (char const n : {'1', '2', '3'}) {
+    std::string const name = std::string{"shard-0000"} + n + "-model-00001-of-00001.safetensors";
+    std::ifstream in{golden + name, std::ios::binary};
+    std::string const text{std::istreambuf_iterator<char>{in}, {}};
+    REQUIRE(!text.empty());
+    auto const bytes = dcp::as_byte_span(text);
+    files.files.emplace_back(name, dcp::Bytes(bytes.begin(), bytes.end()));
+  }
+  auto const load = [&](dcp::Verify verify) {
+    auto const store = files.store();
+    std::vector<float> w(32);
+    dcp::LoadOptions<Storage> options;
+    options.verify = verify;
+    dcp::SelfComm self;
+    dcp::load<Storage>(self, {store, place}, {{"w", dcp::TensorView<float>{w.data(), {8, 4}}}}, options);
+    return w;
+  };
+  auto const whole = load(dcp::Verify::full);
+  CHECK(whole == load(dcp::Verify::standard));
+  files.files[2].second.back() ^= std::byte{1};   // of the copy in file 3
+  CHECK(load(dcp::Verify::standard) == whole);
+  CHECK_THROWS_WITH_AS(load(dcp::Verify::full), doctest::Contains("two files hold the same elements of w with different values"), dcp::Error);
+}
 
 TEST_CASE("load: a commit record with a right checksum and wrong fields is an error that names a file, not a crash") {
   Files const whole = checkpoint(2, 20, {.max_file_bytes = 16'000});

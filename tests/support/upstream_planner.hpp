@@ -98,7 +98,7 @@ inline std::vector<ReadItem> read_items(std::vector<std::int64_t> const& pieces,
   std::vector<float> memory(static_cast<std::size_t>(size));
   auto* const start = reinterpret_cast<std::byte*>(memory.data());
   detail::ReadPlan plan;
-  detail::plan_reads(stored, DType::f32, {Extents{begin}, Extents{size}}, {start, Extents{1}}, true, plan);
+  detail::plan_reads(stored, DType::f32, {Extents{begin}, Extents{size}}, {start, Extents{1}}, true, false, plan);
   std::vector<ReadItem> items;
   for (auto const& transfer : plan.transfers)
     items.emplace_back(transfer.file, static_cast<std::int64_t>(transfer.offset / 4), (transfer.memory.data - start) / 4, transfer.end - transfer.begin);

@@ -60,9 +60,10 @@ struct ReadPlan {
   std::vector<ReadPurpose> purposes;
 };
 
-/// The transfers that fill `held` of a tensor from its stored pieces. Where pieces overlap, the first fills and the others are compared.
+/// The transfers that fill `held` of a tensor from its stored pieces. Where pieces overlap, the first fills and the others are compared;
+/// `copies`: so are those that are stored twice.
 template <class = Deferred>
-void plan_reads(CatalogTensor const& stored, DType memory_dtype, Box const& held, MemoryView const& memory, bool counts, ReadPlan& plan) {
+void plan_reads(CatalogTensor const& stored, DType memory_dtype, Box const& held, MemoryView const& memory, bool counts, bool copies, ReadPlan& plan) {
   auto const add = [&](StoredPiece const& piece, Box const& part, bool compare) {
     if (!on_byte_boundaries(stored.dtype, part, piece.box))
       throw Error{ErrorCode::misaligned, stored.name + ": the part " + to_string(part) + " of " + std::string{to_string(stored.dtype)} + " elements does not begin and end on a byte"};
@@ -72,6 +73,11 @@ void plan_reads(CatalogTensor const& stored, DType memory_dtype, Box const& held
     plan.purposes.push_back({counts, compare});
   };
   if (held.empty()) return;
+  if (copies) {
+    Box part;
+    for (auto const& copy : stored.copies)
+      if (intersect(held, copy.box, part)) add(copy, part, true);
+  }
   if (!any_overlap(stored.pieces, stored.shape)) {
     Box part;
     for (auto const& piece : stored.pieces)
@@ -147,7 +153,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
         WantedTensor const& wanted = result.comparison.tensors[t];
         StateEntry const* local = agreed.local_tensors[t];
         if (wanted.how != WantedTensor::How::load || local == nullptr) continue;
-        plan_reads(*wanted.stored, local->tensor->dtype, held_box(*local->tensor, comm.rank()), local->tensor->memory, !wanted.shared, result.reads);
+        plan_reads(*wanted.stored, local->tensor->dtype, held_box(*local->tensor, comm.rank()), local->tensor->memory, !wanted.shared, settings.verify == Verify::full, result.reads);
       }
       return result;
     });

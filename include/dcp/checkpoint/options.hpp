@@ -33,7 +33,7 @@ enum class OnDType : std::uint8_t { error, cast };               // dtypes diffe
 enum class Verify : std::uint8_t {
   none,       // read only what is needed, compare nothing
   standard,   // whatever ranks read, completed to whole chunks where that is a bounded read; strided leftovers are counted as unverified
-  full,       // every chunk that anything is read of
+  full,       // every chunk that anything is read of; pieces that are stored twice are compared
 };
 
 /// Tells where a long operation is. Called on the rank's own thread, at most a few times per second.

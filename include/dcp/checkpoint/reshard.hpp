@@ -71,7 +71,7 @@ Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, R
   watch.enter("plan");
   // The source as a catalog: what is there, without saying where.
   Catalog catalog;
-  for (auto const& tensor : source.tensors) catalog.tensors.push_back({tensor.name, tensor.dtype, tensor.layout.shape, {}});
+  for (auto const& tensor : source.tensors) catalog.tensors.push_back({tensor.name, tensor.dtype, tensor.layout.shape, {}, {}});
   catalog.ties = source.schema.ties;
   for (auto const* value : source.values) {
     Value known{value->per_rank ? ValueKind::per_rank : value->value_kind, value->dtype, {}, {}};

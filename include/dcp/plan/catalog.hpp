@@ -51,6 +51,7 @@ struct CatalogTensor {
   DType dtype{};
   Extents shape;
   std::vector<StoredPiece> pieces;   // in order of preference where they overlap
+  std::vector<StoredPiece> copies;   // with the box of a piece before them: read only to be compared
 };
 struct Catalog {
   std::vector<CatalogFile> files;
@@ -207,7 +208,7 @@ Catalog assemble(std::vector<FoundFile> found) {
   auto const where = [&](Reference const& r) { return found[r.file].path; };
   for (std::size_t i = 0; i < all.size();) {
     FoundTensor const& first = *all[i].tensor;
-    CatalogTensor tensor{first.name, first.dtype, Extents::filled(first.shape.rank(), 0), {}};
+    CatalogTensor tensor{first.name, first.dtype, Extents::filled(first.shape.rank(), 0), {}, {}};
     bool usable = true;
     std::set<std::size_t, detail::ByBox> distinct{detail::ByBox{&tensor.pieces}};   // a tensor may have as many pieces as a job has ranks
     std::size_t next = i;
@@ -236,7 +237,10 @@ Catalog assemble(std::vector<FoundFile> found) {
         tensor.pieces.push_back({all[next].file, piece.offset, box});
         if (auto const [same, fresh] = distinct.insert(tensor.pieces.size() - 1); !fresh) {
           // An empty piece holds nothing, so it may stand twice.
-          if (!box.empty()) catalog.duplicates.push_back(first.name + " " + to_string(box) + ": in " + catalog.files[tensor.pieces[*same].file].path + " (used) and in " + where(all[next]));
+          if (!box.empty()) {
+            catalog.duplicates.push_back(first.name + " " + to_string(box) + ": in " + catalog.files[tensor.pieces[*same].file].path + " (used) and in " + where(all[next]));
+            tensor.copies.push_back(tensor.pieces.back());
+          }
           tensor.pieces.pop_back();
         }
       }
