@@ -88,7 +88,7 @@ TEST_CASE("test_dedup_plans: of a tensor that four ranks hold each writes strict
 using ReadItem = std::tuple<std::uint32_t, std::int64_t, std::int64_t, std::int64_t>;
 /// The reads that fill [begin, begin + size) of a tensor stored in pieces of the given sizes.
 inline std::vector<ReadItem> read_items(std::vector<std::int64_t> const& pieces, std::int64_t begin, std::int64_t size) {
-  CatalogTensor stored{"st", DType::f32, {}, {}};
+  CatalogTensor stored{"st", DType::f32, {}, {}, {}};
   std::int64_t at = 0;
   for (auto const piece : pieces) {
     stored.pieces.push_back({static_cast<std::uint32_t>(stored.pieces.size()), 0, {Extents{at}, Extents{piece}}});
