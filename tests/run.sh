@@ -65,7 +65,7 @@ build_and_test() {
            -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" -DDCP_TEST_PARTS="$parts" \
            -DDCP_PYTHON="$dcp_python" -DDCP_PYTHON_REASON="$dcp_python_reason" \
            -DDCP_LONG="$([ $mode = long ] && echo ON || echo OFF)" "$@" &&
-         cmake --build "$directory" --parallel "$jobs"; } >"$directory/build.log" 2>&1; then
+         cmake --build "$directory" --parallel "$jobs" -- -k 0; } >"$directory/build.log" 2>&1; then
     grep -E -A 12 'FAILED:|error|Error' "$directory/build.log" | head -n 80
     results+=("$name: does not build, see $directory/build.log")
     failed=1

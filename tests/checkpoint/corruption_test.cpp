@@ -254,7 +254,7 @@ TEST_CASE("load: a piece that is stored twice is compared with verify = full, an
     dcp::LoadOptions<Storage> options;
     options.verify = verify;
     dcp::SelfComm self;
-    dcp::load<Storage>(self, {store, place}, {{"w", dcp::TensorView<float>{w.data(), {8, 4}}}}, options);
+    dcp::load<Storage>(self, {store, place}, {{"w", dcp::TensorView<float>{w, {8, 4}}}}, options);
     return w;
   };
   auto const whole = load(dcp::Verify::full);

@@ -210,7 +210,7 @@ TEST_CASE("commit record: values of the wrong type are refused, checksum or not"
   struct Change {
     std::string_view what, by;
   };
-  for (auto const& [what, by] : std::vector<Change>{
+  for (auto const& change : std::vector<Change>{
            {"\"format\": 1", "\"format\": \"1\""}, {"\"format\": 1", "\"format\": 1.0"}, {"\"format\": 1", "\"forma\": 1"}, {"\"id\": \"0123456789abcdef\"", "\"id\": 7"},
            {"\"sequence\": 1844", "\"sequence\": 9844"}, {"\"sequence\": 1844", "\"sequence\": -1844"}, {"\"state\": \"committed\"", "\"state\": true"}, {"\"storage\"", "\"store\""},
            {"\"chunk_bytes\": 1048576", "\"chunk_bytes\": 1048575"}, {"\"files\": [", "\"files\": [7,"}, {"\"size\":1844", "\"size\":18.44"}, {"\"size\":0", "\"size\":\"0\""},
@@ -219,8 +219,8 @@ TEST_CASE("commit record: values of the wrong type are refused, checksum or not"
            {"\"dtype\":\"I64\"", "\"dtype\":\"I32\""}, {"\"dtype\":\"I64\"", "\"dtype\":\"U64\""}, {"\"dtype\":\"I64\"", "\"dtype\":\"BOOL\""}, {"\"dtype\":\"I64\"", "\"dtype\":\"BF16\""},
            {"\"value\":-92", "\"at\":[0,8],\"value\":-92"}, {"\"value\":\"", "\"at\":[0,1],\"value\":\""}, {"\"value\":\"", "\"at\":[0],\"value\":\""}, {"\"kind\":\"text\"", "\"kind\":\"bytes\""},
            {"\"kind\":\"text\"", "\"kind\":\"per_rank\""}, {"\"kind\":\"text\"", "\"kind\":\"array\",\"dtype\":\"U8\""}, {"\"embed.weight\"", "1"}, {"\"embed.weight\"", "\"a\",\"b\""}, {"\"ties\"", "\"tie\""}}) {
-    CAPTURE(by);
-    CHECK(outcome_of(resigned(replaced(text, what, by))) == "bad_schema");
+    CAPTURE(change.by);
+    CHECK(outcome_of(resigned(replaced(text, change.what, change.by))) == "bad_schema");
   }
   for (std::string_view const json : {"[]", "1", "\"\"", "null", "{}", "{\"format\":1}", "{\"dcp_crc64\":\"0000000000000000\"}", "{\"dcp_crc64\":\"0000000000000000\",\"format\":1}"})
     CHECK(outcome_of(json) == "bad_schema");
