@@ -83,6 +83,7 @@ build_and_test() {
   failed_tests=$((failed_tests + ${bad:-0})) passed_tests=$((passed_tests + ${all:-0} - ${bad:-0}))
   if [ "$status" -ne 0 ] || [ -z "$summary" ]; then failed=1; fi
   mapfile -t -O "${#not_run[@]}" not_run < <(grep . "$directory/not_run.txt")
+  mapfile -t -O "${#not_run[@]}" not_run < <(sed -n 's/^not run: //p' "$directory/Testing/Temporary/LastTest.log")   # what a test found out by itself
 }
 
 every_build="units;mpi;examples"
