@@ -11,6 +11,8 @@
 #include "support/generate.hpp"
 #include "support/whole_tensor.hpp"
 
+#include <nlohmann/json.hpp>
+
 #include <cmath>
 #include <limits>
 #include <string>
