@@ -121,13 +121,17 @@ TEST_CASE("load: a byte that is changed anywhere in any file of a checkpoint is 
   CAPTURE(seed);
   dcp::test::Random random{seed};
   std::size_t changes = 0, harmless = 0, named_tensors = 0;
-  for (auto const& [title, options] : layouts()) {
+  for (auto const& layout : layouts()) {
+    auto const& title = layout.first;
+    auto const& options = layout.second;
     CAPTURE(title);
     std::int64_t const rows = title == "final, one file" ? 1100 : 20;
     Files const whole = checkpoint(3, rows, options);
     CHECK(whole.files.size() >= 4);   // record, checksums, values, data
     REQUIRE(!load_error(whole.store(), 2, rows).has_value());
-    for (auto const& [name, bytes] : whole.files) {
+    for (auto const& file_of_it : whole.files) {
+      auto const& name = file_of_it.first;
+      auto const& bytes = file_of_it.second;
       dcp::Memory const store = whole.store();
       auto const file = dcp::Memory{store}.open_write(std::string{place} + '/' + name);
       for (std::size_t const at : places_in(name, bytes, random)) {
@@ -168,7 +172,9 @@ TEST_CASE("load: a byte that is changed anywhere in any file of a checkpoint is 
 }
 
 TEST_CASE("load: a file that is cut, longer, empty, of another's content, or gone is an error that names a file") {
-  for (auto const& [title, options] : layouts()) {
+  for (auto const& layout : layouts()) {
+    auto const& title = layout.first;
+    auto const& options = layout.second;
     CAPTURE(title);
     Files const whole = checkpoint(3, 20, options);
     for (std::size_t f = 0; f < whole.files.size(); ++f) {

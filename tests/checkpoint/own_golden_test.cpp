@@ -44,7 +44,9 @@ TEST_CASE("every golden checkpoint of our own loads whole, verified to the last 
     for (auto const& [name, facts] : expected["tensors"].items()) names[name] = name;
     for (auto const& [dropped, kept] : expected["tied"].items()) names[dropped] = kept.get<std::string>();
     CHECK(state.tensors().size() == names.size());
-    for (auto const& [name, kept] : names) {
+    for (auto const& stored : names) {
+      auto const& name = stored.first;
+      auto const& kept = stored.second;
       CAPTURE(name);
       REQUIRE(state.tensors().contains(name));
       auto const& tensor = state.tensors().at(name);
@@ -54,7 +56,9 @@ TEST_CASE("every golden checkpoint of our own loads whole, verified to the last 
       CHECK(dcp::test::sha256(tensor.bytes()) == facts["sha256"].get<std::string>());
     }
     CHECK(state.values().size() == expected["values"].size());
-    for (auto const& [name, facts] : expected["values"].items()) {
+    for (auto const& value : expected["values"].items()) {
+      auto const& name = value.key();
+      auto const& facts = value.value();
       CAPTURE(name);
       REQUIRE(state.values().contains(name));
       CHECK(std::string{to_string(state.values().at(name).kind)} == facts["kind"].get<std::string>());

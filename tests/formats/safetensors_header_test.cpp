@@ -95,7 +95,8 @@ TEST_CASE("write_header: the headers of golden files come back byte for byte, me
     if (!by_reference) continue;   // packed by hand, or by the consolidation that writes JSON of its own
     CAPTURE(path.string());
     Header header = read(file);
-    std::string const again = written(header.tensors, header.metadata);
+    // Ours begin their data at a page, which the format allows and the reference does not do.
+    std::string const again = written(header.tensors, header.metadata, path.string().find("/own/") == std::string::npos ? 8 : 4096);
     std::string const original = file.substr(0, static_cast<std::size_t>(header.data_begin));
     CHECK(again.size() == original.size());
     auto const tensors_of = [](std::string const& text) {

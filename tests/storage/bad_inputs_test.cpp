@@ -124,7 +124,7 @@ void check(std::vector<DirectoryCase> const& cases) {
     auto const loaded = load(directory.path(), one_case.options);
     CHECK(loaded.code == one_case.expected);
     if (loaded.code != "ok") CHECK(loaded.text.find(directory.path()) != std::string::npos);   // the message says where
-    CHECK(loaded.peak < most_memory(loaded, directory.path()));
+    if (dcp::test::counts_allocations) CHECK(loaded.peak < most_memory(loaded, directory.path()));
     CHECK(std::chrono::steady_clock::now() - begin < std::chrono::seconds{20});
   }
 }
@@ -150,7 +150,7 @@ TEST_CASE("golden/bad: what must be refused is refused with the right code, what
     REQUIRE(fs::exists(place));
     auto const loaded = load(place);
     CAPTURE(loaded.text);
-    CHECK(loaded.peak < most_memory(loaded, place));
+    if (dcp::test::counts_allocations) CHECK(loaded.peak < most_memory(loaded, place));
     if (entry["expect"] == "error") {
       CHECK(loaded.code != "ok");
       CHECK_FALSE(of_the_call.contains(loaded.code));
@@ -485,7 +485,7 @@ TEST_CASE("a file that ties many names to one tensor does not make many tensors"
   auto const loaded = load(directory.path());
   CHECK(loaded.code == "ok");
   CHECK(loaded.names.size() == names + 1);
-  CHECK(loaded.peak < most_memory(loaded, directory.path()));
+  if (dcp::test::counts_allocations) CHECK(loaded.peak < most_memory(loaded, directory.path()));
 
   dcp::SelfComm self;
   auto some = dcp::load_from_keys<dcp::SafeTensors>(self, directory.path(), {"n1", "n2"});

@@ -5,12 +5,26 @@
 
 #include <atomic>
 #include <cstddef>
+#include <cstdio>
 #include <cstdlib>
 #include <new>
 
 #include <malloc.h>
 
+#if defined(__clang__)
+#if __has_feature(thread_sanitizer)
+#define DCP_TEST_OPERATOR_NEW_IS_TAKEN   // by the sanitizer, which is linked into the program
+#endif
+#endif
+
 namespace dcp::test {
+
+#ifdef DCP_TEST_OPERATOR_NEW_IS_TAKEN
+inline constexpr bool counts_allocations = false;
+inline int const says_so = std::fprintf(stderr, "not run: how much memory is allocated (under clang++'s thread sanitizer)\n");
+#else
+inline constexpr bool counts_allocations = true;
+#endif
 
 inline std::atomic<std::size_t> live_bytes{0}, peak_bytes{0};
 
@@ -38,6 +52,7 @@ inline void release(void* memory) {
 
 }  // namespace dcp::test
 
+#ifndef DCP_TEST_OPERATOR_NEW_IS_TAKEN
 void* operator new(std::size_t size) { return dcp::test::counted(std::malloc(size == 0 ? 1 : size)); }
 void* operator new(std::size_t size, std::align_val_t alignment) {
   auto const unit = static_cast<std::size_t>(alignment);
@@ -55,3 +70,4 @@ void operator delete(void* memory) noexcept { dcp::test::release(memory); }
 void operator delete(void* memory, std::size_t) noexcept { dcp::test::release(memory); }
 void operator delete(void* memory, std::align_val_t) noexcept { dcp::test::release(memory); }
 void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { dcp::test::release(memory); }
+#endif

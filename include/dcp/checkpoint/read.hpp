@@ -295,9 +295,10 @@ class Reader {
     std::string names;
     int count = 0;
     for (auto const& tensor : opened_.catalog.tensors)
-      for (auto const& piece : tensor.pieces)
-        if (piece.file == f && piece.offset < range.end && piece.offset + bytes_of(tensor.dtype, static_cast<std::int64_t>(piece.box.size())) > range.begin && ++count <= 4)
-          names += (names.empty() ? "" : ", ") + tensor.name;
+      for (auto const* pieces : {&tensor.pieces, &tensor.copies})
+        for (auto const& piece : *pieces)
+          if (piece.file == f && piece.offset < range.end && piece.offset + bytes_of(tensor.dtype, static_cast<std::int64_t>(piece.box.size())) > range.begin && ++count <= 4)
+            names += (names.empty() ? "" : ", ") + tensor.name;
     return count > 4 ? names + " and " + std::to_string(count - 4) + " more" : names;
   }
 

@@ -320,7 +320,9 @@ CommitRecord parse_record(ConstByteSpan bytes, ConstByteSpan large, bool with_va
   try {
     if (json.kind() != detail::JsonNodeKind::object || !json.contains("dcp_crc64") || !json.contains("format")) detail::bad_record("it is JSON of another kind");
     // Before the checksum: what a later format's is of is not known here.
-    if (auto const format = json.at("format"); format.template number<std::int64_t>() > record_format)
+    auto const format = json.at("format");
+    if (format.template number<std::uint64_t>() == 0) detail::bad_record("it has the format 0");
+    if (format.template number<std::uint64_t>() > record_format)
       throw Error{ErrorCode::bad_version, "the checkpoint has record format " + std::string{format.spelling()} + ", and this library reads up to " + std::to_string(record_format)}.with_hint("read it with a newer version of dcp");
     auto const text = as_text(bytes);
     auto const line = text.find('\n');
