@@ -18,6 +18,7 @@
 // AVX-512), g++ 12 and clang++ 14 -O2: tables 1.5-1.6 GB/s, pclmulqdq 24 GB/s, vpclmulqdq-512 70 GB/s. Sixteen tables instead of
 // eight measured 2.0-2.3 GB/s; not worth 16 KiB more of the first-level cache to the machines that have no carry-less product.
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
 
@@ -84,13 +85,15 @@ inline constexpr auto crc64_slices = [] {
 }();
 
 /// a * x^64 mod P: eight zero bytes.
-inline std::uint64_t crc64_shift_word(std::uint64_t a) {
+template <class = Deferred>
+std::uint64_t crc64_shift_word(std::uint64_t a) {
   auto const& t = crc64_slices;
   return t[7][a & 0xff] ^ t[6][(a >> 8) & 0xff] ^ t[5][(a >> 16) & 0xff] ^ t[4][(a >> 24) & 0xff] ^ t[3][(a >> 32) & 0xff] ^
          t[2][(a >> 40) & 0xff] ^ t[1][(a >> 48) & 0xff] ^ t[0][a >> 56];
 }
 
-inline std::uint64_t crc64_raw_tables(std::byte const* bytes, std::size_t size, std::uint64_t state) {
+template <class = Deferred>
+std::uint64_t crc64_raw_tables(std::byte const* bytes, std::size_t size, std::uint64_t state) {
   for (; size >= 8; bytes += 8, size -= 8) state = crc64_shift_word(state ^ load_little_endian<std::uint64_t>(bytes));
   for (; size > 0; ++bytes, --size) state = (state >> 8) ^ crc64_slices[0][(state ^ std::to_integer<std::uint64_t>(*bytes)) & 0xff];
   return state;
@@ -218,7 +221,8 @@ struct Crc64Implementation {
 };
 
 /// What this processor can run, slowest first; every function below uses the last one.
-inline std::span<Crc64Implementation const> crc64_implementations() {
+template <class = Deferred>
+std::span<Crc64Implementation const> crc64_implementations() {
   static std::array<Crc64Implementation, 3> list{{{"tables", detail::crc64_raw_tables, detail::crc64_multiply_bits}}};
   static std::size_t const count = [] {
     std::size_t n = 1;
@@ -237,7 +241,8 @@ inline std::span<Crc64Implementation const> crc64_implementations() {
 }
 
 namespace detail {
-inline Crc64Implementation const& crc64_best() {
+template <class = Deferred>
+Crc64Implementation const& crc64_best() {
   static Crc64Implementation const best = crc64_implementations().back();
   return best;
 }
@@ -246,16 +251,19 @@ inline Crc64Implementation const& crc64_best() {
 /// The linear CRC, continued from `state`.
 ///
 /// Law       crc64_raw(a ++ b) == crc64_raw(b, crc64_raw(a));  crc64_raw(a ^ b) == crc64_raw(a) ^ crc64_raw(b) for equal lengths
-inline std::uint64_t crc64_raw(ConstByteSpan bytes, std::uint64_t state = 0) { return detail::crc64_best().raw(bytes.data(), bytes.size(), state); }
+template <class = Deferred>
+std::uint64_t crc64_raw(ConstByteSpan bytes, std::uint64_t state = 0) { return detail::crc64_best().raw(bytes.data(), bytes.size(), state); }
 
 /// The standard CRC-64/NVME.
 ///
 /// Source    NVM Express NVM Command Set, "64b CRC"; the same as the x-amz-checksum-crc64nvme of object stores
 /// Example   crc64 of "123456789" == 0xae8b14860a799888;  crc64 of nothing == 0
-inline std::uint64_t crc64(ConstByteSpan bytes) { return ~crc64_raw(bytes, ~std::uint64_t{0}); }
+template <class = Deferred>
+std::uint64_t crc64(ConstByteSpan bytes) { return ~crc64_raw(bytes, ~std::uint64_t{0}); }
 
 /// The raw CRC after `zero_bytes` further zeros. At most 64 products; one when `zero_bytes` is a power of two.
-inline std::uint64_t crc64_shift(std::uint64_t raw, std::uint64_t zero_bytes) {
+template <class = Deferred>
+std::uint64_t crc64_shift(std::uint64_t raw, std::uint64_t zero_bytes) {
   auto const multiply = detail::crc64_best().multiply;
   for (std::size_t k = 0; zero_bytes != 0; ++k, zero_bytes >>= 1)
     if ((zero_bytes & 1) != 0) raw = multiply(raw, detail::crc64_zero_bytes[k]);
@@ -263,13 +271,16 @@ inline std::uint64_t crc64_shift(std::uint64_t raw, std::uint64_t zero_bytes) {
 }
 
 /// The standard CRC of `size` bytes whose raw CRC is `raw`.
-inline std::uint64_t crc64_from_raw(std::uint64_t raw, std::uint64_t size) { return ~(raw ^ crc64_shift(~std::uint64_t{0}, size)); }
+template <class = Deferred>
+std::uint64_t crc64_from_raw(std::uint64_t raw, std::uint64_t size) { return ~(raw ^ crc64_shift(~std::uint64_t{0}, size)); }
 
 /// The raw CRC of `size` bytes whose standard CRC is `crc`. The term between the two is added either way.
-inline std::uint64_t crc64_to_raw(std::uint64_t crc, std::uint64_t size) { return crc64_from_raw(crc, size); }
+template <class = Deferred>
+std::uint64_t crc64_to_raw(std::uint64_t crc, std::uint64_t size) { return crc64_from_raw(crc, size); }
 
 /// The standard CRC of two byte strings, one after the other. (The terms of the first one's length cancel.)
-inline std::uint64_t crc64_combine(std::uint64_t first, std::uint64_t second, std::uint64_t second_size) {
+template <class = Deferred>
+std::uint64_t crc64_combine(std::uint64_t first, std::uint64_t second, std::uint64_t second_size) {
   return crc64_shift(first, second_size) ^ second;
 }
 
@@ -285,6 +296,7 @@ class PositionedCrc {
   explicit PositionedCrc(std::uint64_t chunk_size) : chunk_size_{chunk_size} {}
 
   /// Throws Error(invalid_argument) if the run does not lie in the chunk.
+  template <class = Deferred>
   void add(std::uint64_t offset, ConstByteSpan run) {
     if (offset > chunk_size_ || run.size() > chunk_size_ - offset) outside(offset, run.size());
     std::uint64_t const end = offset + run.size();
@@ -298,16 +310,19 @@ class PositionedCrc {
     bytes_ += run.size();
   }
 
+  template <class = Deferred>
   std::uint64_t contribution() const { return crc64_shift(raw_, chunk_size_ - end_); }
   std::uint64_t bytes() const { return bytes_; }
   std::uint64_t chunk_size() const { return chunk_size_; }
 
  private:
+  template <class = Deferred>
   std::uint64_t shifted(std::uint64_t crc, std::uint64_t distance) {
     if (crc == 0 || distance == 0) return crc;
     if (distance != distance_) factor_ = crc64_shift(detail::crc64_one, distance), distance_ = distance;
     return implementation_->multiply(crc, factor_);
   }
+  template <class = Deferred>
   [[noreturn]] void outside(std::uint64_t offset, std::size_t size) const {
     throw Error{ErrorCode::invalid_argument, "a checksum of " + std::to_string(size) + " bytes at " + std::to_string(offset) + " of a chunk of " +
                                                  std::to_string(chunk_size_) + " bytes"};
@@ -323,7 +338,8 @@ class PositionedCrc {
 /// What one run adds to the raw CRC of its chunk. For many runs use PositionedCrc.
 ///
 /// Throws    Error(invalid_argument) if the run does not lie in the chunk
-inline std::uint64_t crc64_contribution(ConstByteSpan run, std::uint64_t offset_in_chunk, std::uint64_t chunk_size) {
+template <class = Deferred>
+std::uint64_t crc64_contribution(ConstByteSpan run, std::uint64_t offset_in_chunk, std::uint64_t chunk_size) {
   PositionedCrc crc{chunk_size};
   crc.add(offset_in_chunk, run);
   return crc.contribution();

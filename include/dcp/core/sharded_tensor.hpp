@@ -2,6 +2,7 @@
 #pragma once
 // A tensor whose layout over the ranks is part of its type, viewing the memory that holds this rank's part.
 
+#include <dcp/base/config.hpp>
 #include <dcp/core/layout.hpp>
 #include <dcp/core/tensor_view.hpp>
 
@@ -50,7 +51,8 @@ struct LocalPart {
   bool held = false;   // whether this rank is in the mesh
 };
 
-inline void check_local_memory(Layout const& layout, Box const& padded, Box const& box, Extents const& given, Extents const& strides, bool dense) {
+template <class = Deferred>
+void check_local_memory(Layout const& layout, Box const& padded, Box const& box, Extents const& given, Extents const& strides, bool dense) {
   bool holds = given.rank() == box.rank();
   for (int d = 0; holds && d < box.rank(); ++d) holds = given[d] >= box.shape[d];
   if (!holds)

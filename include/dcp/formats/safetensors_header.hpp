@@ -50,6 +50,7 @@ struct Header {
   Metadata metadata;
   std::uint64_t data_begin = 8;      // where the data section starts in the file
 
+  template <class = Deferred>
   std::optional<std::string_view> find_metadata(std::string_view key) const {
     auto const found = std::lower_bound(metadata.begin(), metadata.end(), key, [](auto const& entry, std::string_view wanted) { return entry.first < wanted; });
     if (found == metadata.end() || found->first != key) return std::nullopt;

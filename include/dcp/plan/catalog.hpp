@@ -61,15 +61,18 @@ struct Catalog {
   std::vector<std::string> duplicates;                     // pieces stored twice, in words
   std::vector<std::string> warnings;
 
+  template <class = Deferred>
   CatalogTensor const* find_tensor(std::string_view name) const {
     auto const at = std::lower_bound(tensors.begin(), tensors.end(), name, [](CatalogTensor const& t, std::string_view n) { return t.name < n; });
     return at != tensors.end() && at->name == name ? &*at : nullptr;
   }
+  template <class = Deferred>
   Value const* find_value(std::string_view name) const {
     auto const at = std::lower_bound(values.begin(), values.end(), name, [](auto const& v, std::string_view n) { return v.first < n; });
     return at != values.end() && at->first == name ? &at->second : nullptr;
   }
   /// The name under which `name` is stored: itself, or what it is tied to.
+  template <class = Deferred>
   std::string const& stored_name(std::string const& name) const {
     auto const at = std::lower_bound(ties.begin(), ties.end(), name, [](Tie const& t, std::string const& n) { return t.dropped < n; });
     return at != ties.end() && at->dropped == name ? at->kept : name;
@@ -117,7 +120,8 @@ struct ByBox {
   }
 };
 
-inline bool countable(Extents const& shape) {
+template <class = Deferred>
+bool countable(Extents const& shape) {
   std::uint64_t product = 1;
   return std::all_of(shape.begin(), shape.end(), [&](std::int64_t size) {
     return checked_multiply(product, static_cast<std::uint64_t>(std::max<std::int64_t>(1, size)), product) && product <= INT64_MAX;

@@ -18,6 +18,7 @@ namespace dcp {
 /// Several problems as one error: the code of the first, all of the sentences.
 class Problems {
  public:
+  template <class = Deferred>
   void add(ErrorCode code, std::string sentence) {
     if (count_++ == 0) code_ = code;
     if (count_ <= most_listed) text_ += (text_.empty() ? "" : "\n  also      ") + std::move(sentence);
@@ -26,6 +27,7 @@ class Problems {
     if (hint_.empty()) hint_ = std::move(text);
   }
   bool empty() const { return count_ == 0; }
+  template <class = Deferred>
   void raise() const {
     if (count_ == 0) return;
     Error error{code_, count_ <= most_listed ? text_ : text_ + "\n  also      " + std::to_string(count_ - most_listed) + " more"};
@@ -63,6 +65,7 @@ struct Schema {
   std::vector<SchemaEntry> entries;   // sorted by name
   std::vector<Tie> ties;              // sorted
 
+  template <class = Deferred>
   SchemaEntry const* find(std::string_view name) const {
     auto const at = std::lower_bound(entries.begin(), entries.end(), name, [](SchemaEntry const& e, std::string_view n) { return e.name < n; });
     return at != entries.end() && at->name == name ? &*at : nullptr;
