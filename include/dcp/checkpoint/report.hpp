@@ -25,16 +25,19 @@ struct Phase {
   std::string name;
   std::vector<PhaseReport> ranks;   // of every rank
 
+  template <class = Deferred>
   double longest() const {
     double most = 0;
     for (auto const& r : ranks) most = std::max(most, r.seconds);
     return most;
   }
+  template <class = Deferred>
   std::uint64_t bytes() const {
     std::uint64_t sum = 0;
     for (auto const& r : ranks) sum += r.bytes;
     return sum;
   }
+  template <class = Deferred>
   std::uint64_t operations() const {
     std::uint64_t sum = 0;
     for (auto const& r : ranks) sum += r.operations;

@@ -8,6 +8,7 @@
 #include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
+#include <dcp/base/sort.hpp>
 #include <dcp/base/text.hpp>
 #include <dcp/formats/strict_json.hpp>
 
@@ -216,10 +217,10 @@ Index parse_index(ConstByteSpan json, IndexOptions options = {}) {
   Index index = std::move(reader.index);
   detail::sort_unique(index.weight_map, "weight_map");
   auto& keys = reader.metadata_keys;
-  std::sort(keys.begin(), keys.end());
+  detail::sort(keys);
   if (auto const twice = std::adjacent_find(keys.begin(), keys.end()); twice != keys.end())
     throw Error{ErrorCode::duplicate_key, "the metadata of the index has the key " + detail::shown(*twice) + " twice"};
-  std::sort(index.metadata.begin(), index.metadata.end());
+  detail::sort(index.metadata);
   if (index.weight_map.empty()) throw Error{ErrorCode::index_mismatch, "the weight_map of the index is empty; there is nothing to load"};
   return index;
 }
@@ -239,7 +240,7 @@ std::string write_index(Index index, IndexOptions const& options = {}) {
     lines.emplace_back(key, detail::python_quoted(value));
   }
   if (index.total_size) lines.emplace_back("total_size", std::to_string(*index.total_size));
-  std::sort(lines.begin(), lines.end());
+  detail::sort(lines);
 
   std::string text = "{\n  \"metadata\": {";
   char const* separator = "\n";

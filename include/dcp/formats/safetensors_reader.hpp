@@ -4,6 +4,7 @@
 
 #include <dcp/base/config.hpp>
 #include <dcp/base/error.hpp>
+#include <dcp/base/sort.hpp>
 #include <dcp/core/dtype.hpp>
 #include <dcp/core/shape.hpp>
 #include <dcp/formats/strict_json.hpp>
@@ -211,7 +212,7 @@ void settle_duplicates(HeaderReader& reader, bool allow) {
     dropped.push_back(keys[i - 1].index);
   }
   if (dropped.empty()) return;
-  std::sort(dropped.begin(), dropped.end());
+  detail::sort(dropped);
   std::size_t kept = 0, next = 0;
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     if (next < dropped.size() && dropped[next] == i) ++next;

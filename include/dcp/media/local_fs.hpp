@@ -8,6 +8,7 @@
 #include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
+#include <dcp/base/sort.hpp>
 #include <dcp/io/file.hpp>
 #include <dcp/media/local_lease.hpp>
 #include <dcp/media/local_links.hpp>
@@ -82,7 +83,7 @@ std::vector<std::string> directory_names(FileHandle const& directory) {
     if (name != "." && name != "..") names.push_back(std::move(name));
   }
   if (errno != 0 && errno != ENOENT) throw directory.failure(errno, "cannot list the directory");
-  std::sort(names.begin(), names.end());
+  detail::sort(names);
   return names;
 }
 

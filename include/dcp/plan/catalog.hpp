@@ -3,6 +3,7 @@
 // What a checkpoint holds, whatever its format: tensors as boxes in files, values, tied names.
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/sort.hpp>
 #include <dcp/core/box.hpp>
 #include <dcp/core/dtype.hpp>
 #include <dcp/core/value.hpp>
@@ -164,7 +165,7 @@ bool any_overlap(std::vector<StoredPiece> const& pieces, Extents const& shape) {
   for (int d = 0; d < shape.rank(); ++d) {
     std::vector<std::int64_t> starts;
     for (auto const& piece : pieces) starts.push_back(piece.box.origin[d]);
-    std::sort(starts.begin(), starts.end());
+    detail::sort(starts);
     auto const distinct = static_cast<std::int64_t>(std::unique(starts.begin(), starts.end()) - starts.begin());
     if (distinct > most) most = distinct, widest = d;
   }
@@ -206,7 +207,7 @@ Catalog assemble(std::vector<FoundFile> found) {
     catalog.ties.insert(catalog.ties.end(), found[f].ties.begin(), found[f].ties.end());
   }
   std::stable_sort(all.begin(), all.end(), [](Reference const& a, Reference const& b) { return a.tensor->name < b.tensor->name; });
-  std::sort(catalog.ties.begin(), catalog.ties.end());
+  detail::sort(catalog.ties);
   catalog.ties.erase(std::unique(catalog.ties.begin(), catalog.ties.end()), catalog.ties.end());
   Problems problems;
   auto const where = [&](Reference const& r) { return found[r.file].path; };

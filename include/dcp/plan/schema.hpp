@@ -4,6 +4,7 @@
 
 #include <dcp/base/config.hpp>
 #include <dcp/base/checksum.hpp>
+#include <dcp/base/sort.hpp>
 #include <dcp/core/state_dict.hpp>
 #include <dcp/plan/shares.hpp>
 
@@ -202,7 +203,7 @@ Schema merge_schemas(std::vector<Schema> parts, std::vector<std::int64_t> const&
   }
   std::stable_sort(all.entries.begin(), all.entries.end(),
                    [](SchemaEntry const& a, SchemaEntry const& b) { return a.name != b.name ? a.name < b.name : a.first_rank < b.first_rank; });
-  std::sort(all.ties.begin(), all.ties.end());
+  detail::sort(all.ties);
   all.ties.erase(std::unique(all.ties.begin(), all.ties.end()), all.ties.end());
   Problems problems;
   auto const both = [](SchemaEntry const& a, SchemaEntry const& b) { return " on rank " + std::to_string(a.first_rank) + " and on rank " + std::to_string(b.first_rank); };

@@ -9,6 +9,7 @@
 // replicas (least freedom) before groups with many.
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/sort.hpp>
 #include <dcp/core/layout.hpp>
 #include <dcp/plan/transfer.hpp>
 
@@ -105,6 +106,7 @@ class Shares {
   struct Key {
     Layout layout;
     DType dtype;
+    template <class = Deferred>
     friend bool operator<(Key const& a, Key const& b) { return a.tuple() < b.tuple(); }
     template <class = Deferred>
     std::array<std::int64_t, 4 + 2 * max_rank + 2 * max_axes + max_axes> tuple() const {
@@ -161,7 +163,7 @@ class Shares {
     std::vector<std::int64_t> sorted;
     sorted.reserve(ranks.size());
     for (auto const rank : ranks) sorted.push_back(loads_[rank]);
-    std::sort(sorted.begin(), sorted.end());
+    detail::sort(sorted);
     std::int64_t sum = 0;
     for (std::size_t i = 0; i < sorted.size(); ++i) {
       sum += sorted[i];
