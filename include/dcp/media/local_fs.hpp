@@ -120,12 +120,12 @@ class LocalFs {
   LocalFs() = default;
   explicit LocalFs(Options options) : options_{options} {}
 
-  template <class = Deferred>
+  template <class D = Deferred>
   std::unique_ptr<WritableFile> open_write(std::string const& path) {
-    return retry_visible(options_.visible_within, [&] { return std::make_unique<detail::LocalWritableFile<>>(FileHandle::open_write(path)); });
+    return retry_visible(options_.visible_within, [&] { return std::make_unique<detail::LocalWritableFile<D>>(FileHandle::open_write(path)); });
   }
 
-  template <class = Deferred>
+  template <class D = Deferred>
   std::unique_ptr<ReadableFile> open_read(std::string const& path) {
     auto const directory = parent_path(path), name = path_name(path);
     bool first = true;
@@ -133,7 +133,7 @@ class LocalFs {
       // Opening the directory makes a network file system ask its server again for names it believes missing.
       if (!std::exchange(first, false)) FileHandle::open_directory(directory);
       bool const plain = !name.empty() && name != "." && name != "..";
-      return std::make_unique<detail::LocalReadableFile<>>(plain ? open_inside(directory, name, options_.links) : FileHandle::open_read(path));
+      return std::make_unique<detail::LocalReadableFile<D>>(plain ? open_inside(directory, name, options_.links) : FileHandle::open_read(path));
     });
   }
 

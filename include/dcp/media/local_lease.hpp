@@ -107,7 +107,7 @@ class LocalLease final : public Lease {
 };
 
 /// The lease on an open lease file, or nullptr: then `replaced` says that the file has lost its name, and another try may succeed.
-template <class = Deferred>
+template <class D = Deferred>
 std::unique_ptr<Lease> take_lease(FileHandle file, bool& replaced) {
   replaced = false;
   bool locks = true;
@@ -128,7 +128,7 @@ std::unique_ptr<Lease> take_lease(FileHandle file, bool& replaced) {
   file.resize(0);
   file.write_at(0, as_byte_span(text));
   file.sync();
-  return std::make_unique<LocalLease<>>(std::move(file));
+  return std::make_unique<LocalLease<D>>(std::move(file));
 }
 
 /// See AnyMedium::acquire_lease.

@@ -221,21 +221,21 @@ class Memory {
   static constexpr bool renames_directories = true;
   static constexpr bool shared_by_ranks = false;
 
-  template <class = Deferred>
+  template <class D = Deferred>
   std::unique_ptr<WritableFile> open_write(std::string const& path) {
     std::lock_guard const lock{store_->mutex};
     auto& node = store_->slot(path);
     if (!node) node = std::make_shared<detail::MemoryNode>();
     if (node->is_directory) throw detail::memory_failure(EISDIR, path);
-    return std::make_unique<detail::MemoryWritableFile<>>(store_, node, path);
+    return std::make_unique<detail::MemoryWritableFile<D>>(store_, node, path);
   }
 
-  template <class = Deferred>
+  template <class D = Deferred>
   std::unique_ptr<ReadableFile> open_read(std::string const& path) {
     std::lock_guard const lock{store_->mutex};
     auto const node = store_->existing(path);
     if (node->is_directory) throw detail::memory_failure(EISDIR, path);
-    return std::make_unique<detail::MemoryReadableFile<>>(store_, node, path);
+    return std::make_unique<detail::MemoryReadableFile<D>>(store_, node, path);
   }
 
   template <class = Deferred>
@@ -327,14 +327,14 @@ class Memory {
     if (store_->find(path)) store_->erase(path);
   }
 
-  template <class = Deferred>
+  template <class D = Deferred>
   std::unique_ptr<Lease> acquire_lease(std::string const& path) {
     std::lock_guard const lock{store_->mutex};
     auto& node = store_->slot(path);
     if (!node) node = std::make_shared<detail::MemoryNode>();
     if (node->is_directory) throw detail::memory_failure(EISDIR, path);
     if (!node->holder.expired()) return nullptr;
-    return std::make_unique<detail::MemoryLease<>>(store_, node, path);
+    return std::make_unique<detail::MemoryLease<D>>(store_, node, path);
   }
 
   template <class = Deferred>

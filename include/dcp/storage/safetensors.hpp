@@ -462,8 +462,8 @@ class SafeTensorsDriver final : public AnyStorage {
 template <>
 struct MediumPlace<LocalFs> {
   using type = std::filesystem::path;
-  template <class = Deferred>
-  static PlaceRef locate(type const& place) { return {std::make_shared<MediumModel<LocalFs>>(LocalFs{}), place.string()}; }
+  template <class M = LocalFs>   // a parameter, so that the model of the medium waits for a call
+  static PlaceRef locate(type const& place) { return {std::make_shared<MediumModel<M>>(M{}), place.string()}; }
 };
 
 /// safetensors over any medium. Place: std::filesystem::path for LocalFs, {medium, prefix} for others.
@@ -472,7 +472,8 @@ struct BasicSafeTensors {
   using Medium = M;
   using Place = typename MediumPlace<M>::type;
   using Options = SafeTensorsOptions;
-  static std::unique_ptr<AnyStorage> open(Options const& options) { return std::make_unique<detail::SafeTensorsDriver<>>(options); }
+  template <class D = Deferred>
+  static std::unique_ptr<AnyStorage> open(Options const& options) { return std::make_unique<detail::SafeTensorsDriver<D>>(options); }
   static PlaceRef locate(Place const& place) { return MediumPlace<M>::locate(place); }
 };
 
