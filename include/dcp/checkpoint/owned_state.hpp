@@ -42,6 +42,7 @@ class OwnedTensor {
 class OwnedState {
  public:
   OwnedState() = default;
+  template <class = Deferred>
   OwnedState(std::map<std::string, OwnedTensor> tensors, std::map<std::string, Value> values, Report report)
       : tensors_{std::move(tensors)}, values_{std::move(values)}, report_{std::move(report)} {}
 

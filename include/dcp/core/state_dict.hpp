@@ -214,6 +214,10 @@ class StateDict {
     entry.tensor = std::make_unique<TensorEntry>(TensorEntry{dtype, layout, memory});
   }
   template <class = Deferred>
+  void add_part(std::string const& name, DType dtype, detail::LocalPart const& part) {
+    if (part.held) add_tensor(name, dtype, part.layout, part.memory);
+  }
+  template <class = Deferred>
   void add_value(std::string name, ValueEntry value) { insert(std::move(name), StateEntry::Kind::value).value = value; }
   template <class = Deferred>
   void append(std::string const& prefix, StateDict const& other) {
@@ -263,7 +267,7 @@ void Entry::add_to(StateDict& state, std::string const& name, void* object) {
     EntryOf<T>::add(state, name, x);
   } else if constexpr (detail::is_sharded_tensor<T>::value) {
     [[maybe_unused]] detail::no_partial_axes<T::partial_axes> check;
-    if (x.held_here()) state.add_tensor(name, x.dtype(), x.layout(), x.memory());
+    state.add_part(name, dtype_of<typename T::element_type>, x.part_);
   } else if constexpr (detail::is_tensor_view<T>) {
     state.add_tensor(name, x.dtype(), plain_layout(x.shape()), x.memory());
   } else if constexpr (std::is_same_v<T, StateDict>) {

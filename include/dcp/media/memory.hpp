@@ -65,7 +65,10 @@ using MemoryNodePtr = std::shared_ptr<MemoryNode>;
 /// The tree; every function is called with `mutex` held.
 struct MemoryStore {
   std::mutex mutex;
-  MemoryNodePtr root = std::make_shared<MemoryNode>(MemoryNode{true, {}, {}, {}});
+  MemoryNodePtr root;
+
+  template <class = Deferred>
+  MemoryStore() : root{std::make_shared<MemoryNode>(MemoryNode{true, {}, {}, {}})} {}
 
   /// The node at `path`, null if there is none.
   template <class = Deferred>
@@ -221,6 +224,9 @@ class Memory {
   static constexpr bool renames_directories = true;
   static constexpr bool shared_by_ranks = false;
 
+  template <class = Deferred>
+  Memory() : store_{std::make_shared<detail::MemoryStore>()} {}
+
   template <class D = Deferred>
   std::unique_ptr<WritableFile> open_write(std::string const& path) {
     std::lock_guard const lock{store_->mutex};
@@ -363,7 +369,7 @@ class Memory {
   }
 
  private:
-  std::shared_ptr<detail::MemoryStore> store_ = std::make_shared<detail::MemoryStore>();
+  std::shared_ptr<detail::MemoryStore> store_;
 };
 
 static_assert(Medium<Memory>);
