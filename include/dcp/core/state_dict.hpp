@@ -134,7 +134,7 @@ struct state_returns_a_state_dict {
 class Entry {
  public:
   template <class T>
-  Entry(std::string_view name, T&& object) : name_{name}, object_{const_cast<void*>(static_cast<void const*>(std::addressof(object)))}, add_{&add_to<std::remove_cvref_t<T>>} {
+  Entry(std::string_view name, T&& object) : name_{name}, object_{const_cast<void*>(static_cast<void const*>(__builtin_addressof(object)))}, add_{&add_to<std::remove_cvref_t<T>>} {
     using Plain = std::remove_cvref_t<T>;
     [[maybe_unused]] detail::a_state_of_known_type<Plain> known;
     [[maybe_unused]] detail::entry_outlives_the_call<Plain, !std::is_lvalue_reference_v<T>> alive;
