@@ -64,7 +64,7 @@ struct Catalog {
 
   template <class = Deferred>
   CatalogTensor const* find_tensor(std::string_view name) const {
-    auto const at = std::lower_bound(tensors.begin(), tensors.end(), name, [](CatalogTensor const& t, std::string_view n) { return t.name < n; });
+    auto const at = std::lower_bound(tensors.begin(), tensors.end(), name, [](auto const& t, std::string_view n) { return t.name < n; });
     return at != tensors.end() && at->name == name ? &*at : nullptr;
   }
   template <class = Deferred>

@@ -68,7 +68,7 @@ struct Schema {
 
   template <class = Deferred>
   SchemaEntry const* find(std::string_view name) const {
-    auto const at = std::lower_bound(entries.begin(), entries.end(), name, [](SchemaEntry const& e, std::string_view n) { return e.name < n; });
+    auto const at = std::lower_bound(entries.begin(), entries.end(), name, [](auto const& e, std::string_view n) { return e.name < n; });
     return at != entries.end() && at->name == name ? &*at : nullptr;
   }
 };
