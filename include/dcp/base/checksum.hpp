@@ -18,6 +18,7 @@
 // AVX-512), g++ 12 and clang++ 14 -O2: tables 1.5-1.6 GB/s, pclmulqdq 24 GB/s, vpclmulqdq-512 70 GB/s. Sixteen tables instead of
 // eight measured 2.0-2.3 GB/s; not worth 16 KiB more of the first-level cache to the machines that have no carry-less product.
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
 
@@ -63,36 +64,46 @@ constexpr std::uint64_t crc64_x_to(unsigned n) {
 }
 
 // [k] is x^(8 * 2^k): what 2^k zero bytes multiply by.
-inline constexpr auto crc64_zero_bytes = [] {
-  std::array<std::uint64_t, 64> table{};
-  table[0] = crc64_x_to(8);
-  for (std::size_t k = 1; k < table.size(); ++k) table[k] = crc64_multiply(table[k - 1], table[k - 1]);
-  return table;
-}();
+template <class = Deferred>
+std::array<std::uint64_t, 64> const& crc64_zero_bytes() {
+  static constexpr auto result = [] {
+    std::array<std::uint64_t, 64> table{};
+    table[0] = crc64_x_to(8);
+    for (std::size_t k = 1; k < table.size(); ++k) table[k] = crc64_multiply(table[k - 1], table[k - 1]);
+    return table;
+  }();
+  return result;
+}
 
 // [k][b] is byte b followed by k zero bytes: eight look-ups do eight bytes.
-inline constexpr auto crc64_slices = [] {
-  std::array<std::array<std::uint64_t, 256>, 8> table{};
-  for (std::size_t b = 0; b < 256; ++b) {
-    std::uint64_t state = b;
-    for (int bit = 0; bit < 8; ++bit) state = crc64_times_x(state);
-    table[0][b] = state;
-  }
-  for (std::size_t k = 1; k < table.size(); ++k)
-    for (std::size_t b = 0; b < 256; ++b) table[k][b] = (table[k - 1][b] >> 8) ^ table[0][table[k - 1][b] & 0xff];
-  return table;
-}();
+template <class = Deferred>
+std::array<std::array<std::uint64_t, 256>, 8> const& crc64_slices() {
+  static constexpr auto result = [] {
+    std::array<std::array<std::uint64_t, 256>, 8> table{};
+    for (std::size_t b = 0; b < 256; ++b) {
+      std::uint64_t state = b;
+      for (int bit = 0; bit < 8; ++bit) state = crc64_times_x(state);
+      table[0][b] = state;
+    }
+    for (std::size_t k = 1; k < table.size(); ++k)
+      for (std::size_t b = 0; b < 256; ++b) table[k][b] = (table[k - 1][b] >> 8) ^ table[0][table[k - 1][b] & 0xff];
+    return table;
+  }();
+  return result;
+}
 
 /// a * x^64 mod P: eight zero bytes.
-inline std::uint64_t crc64_shift_word(std::uint64_t a) {
-  auto const& t = crc64_slices;
+template <class = Deferred>
+std::uint64_t crc64_shift_word(std::uint64_t a) {
+  auto const& t = crc64_slices();
   return t[7][a & 0xff] ^ t[6][(a >> 8) & 0xff] ^ t[5][(a >> 16) & 0xff] ^ t[4][(a >> 24) & 0xff] ^ t[3][(a >> 32) & 0xff] ^
          t[2][(a >> 40) & 0xff] ^ t[1][(a >> 48) & 0xff] ^ t[0][a >> 56];
 }
 
-inline std::uint64_t crc64_raw_tables(std::byte const* bytes, std::size_t size, std::uint64_t state) {
+template <class = Deferred>
+std::uint64_t crc64_raw_tables(std::byte const* bytes, std::size_t size, std::uint64_t state) {
   for (; size >= 8; bytes += 8, size -= 8) state = crc64_shift_word(state ^ load_little_endian<std::uint64_t>(bytes));
-  for (; size > 0; ++bytes, --size) state = (state >> 8) ^ crc64_slices[0][(state ^ std::to_integer<std::uint64_t>(*bytes)) & 0xff];
+  for (; size > 0; ++bytes, --size) state = (state >> 8) ^ crc64_slices()[0][(state ^ std::to_integer<std::uint64_t>(*bytes)) & 0xff];
   return state;
 }
 inline std::uint64_t crc64_multiply_bits(std::uint64_t a, std::uint64_t b) { return crc64_multiply(a, b); }
@@ -108,7 +119,10 @@ struct Crc64Fold {
   std::uint64_t low, high;
 };
 template <unsigned Bits>
-inline constexpr Crc64Fold crc64_fold_over{crc64_x_to(Bits + 63), crc64_x_to(Bits - 1)};
+Crc64Fold crc64_fold_over() {
+  static constexpr Crc64Fold result{crc64_x_to(Bits + 63), crc64_x_to(Bits - 1)};
+  return result;
+}
 
 #define DCP_TARGET_CLMUL __attribute__((target("pclmul,sse4.1")))
 #define DCP_TARGET_VCLMUL __attribute__((target("avx512f,vpclmulqdq,pclmul,sse4.1")))
@@ -123,81 +137,91 @@ typedef long long Crc64Lanes8 __attribute__((vector_size(64)));
 #define DCP_CLMUL_512 __builtin_ia32_vpclmulqdq_v8di
 #endif
 
-DCP_TARGET_CLMUL inline Crc64Lanes2 crc64_load(std::byte const* bytes) {
+template <class = Deferred>
+DCP_TARGET_CLMUL Crc64Lanes2 crc64_load(std::byte const* bytes) {
   Crc64Lanes2 lanes;
   std::memcpy(&lanes, bytes, sizeof lanes);
   return lanes;
 }
-DCP_TARGET_CLMUL inline Crc64Lanes2 crc64_factors(Crc64Fold fold) { return Crc64Lanes2{static_cast<long long>(fold.low), static_cast<long long>(fold.high)}; }
-DCP_TARGET_CLMUL inline Crc64Lanes2 crc64_fold(Crc64Lanes2 value, Crc64Lanes2 factors, Crc64Lanes2 later) {
+template <class = Deferred>
+DCP_TARGET_CLMUL Crc64Lanes2 crc64_factors(Crc64Fold fold) { return Crc64Lanes2{static_cast<long long>(fold.low), static_cast<long long>(fold.high)}; }
+template <class = Deferred>
+DCP_TARGET_CLMUL Crc64Lanes2 crc64_fold(Crc64Lanes2 value, Crc64Lanes2 factors, Crc64Lanes2 later) {
   return later ^ (DCP_CLMUL_128(value, factors, 0x00) ^ DCP_CLMUL_128(value, factors, 0x11));
 }
 
 // The remainder of `value` followed by the bytes that are left.
-DCP_TARGET_CLMUL inline std::uint64_t crc64_finish(Crc64Lanes2 value, std::byte const* bytes, std::size_t size) {
-  Crc64Lanes2 const over_128 = crc64_factors(crc64_fold_over<128>);
+template <class = Deferred>
+DCP_TARGET_CLMUL std::uint64_t crc64_finish(Crc64Lanes2 value, std::byte const* bytes, std::size_t size) {
+  Crc64Lanes2 const over_128 = crc64_factors(crc64_fold_over<128>());
   for (; size >= 16; bytes += 16, size -= 16) value = crc64_fold(value, over_128, crc64_load(bytes));
   auto const low = static_cast<std::uint64_t>(value[0]), high = static_cast<std::uint64_t>(value[1]);
   return crc64_raw_tables(bytes, size, crc64_shift_word(crc64_shift_word(low) ^ high));
 }
 
 // Four accumulators, because a carry-less product takes three to seven cycles and one can start in each.
-DCP_TARGET_CLMUL inline std::uint64_t crc64_raw_clmul(std::byte const* bytes, std::size_t size, std::uint64_t state) {
+template <class = Deferred>
+DCP_TARGET_CLMUL std::uint64_t crc64_raw_clmul(std::byte const* bytes, std::size_t size, std::uint64_t state) {
   if (size < 16) return crc64_raw_tables(bytes, size, state);
   Crc64Lanes2 a = crc64_load(bytes) ^ Crc64Lanes2{static_cast<long long>(state), 0};
   if (size < 64) return crc64_finish(a, bytes + 16, size - 16);
   Crc64Lanes2 b = crc64_load(bytes + 16), c = crc64_load(bytes + 32), d = crc64_load(bytes + 48);
   bytes += 64, size -= 64;
-  Crc64Lanes2 const over_512 = crc64_factors(crc64_fold_over<512>);
+  Crc64Lanes2 const over_512 = crc64_factors(crc64_fold_over<512>());
   for (; size >= 64; bytes += 64, size -= 64) {
     a = crc64_fold(a, over_512, crc64_load(bytes));
     b = crc64_fold(b, over_512, crc64_load(bytes + 16));
     c = crc64_fold(c, over_512, crc64_load(bytes + 32));
     d = crc64_fold(d, over_512, crc64_load(bytes + 48));
   }
-  Crc64Lanes2 const over_128 = crc64_factors(crc64_fold_over<128>);
+  Crc64Lanes2 const over_128 = crc64_factors(crc64_fold_over<128>());
   return crc64_finish(crc64_fold(crc64_fold(crc64_fold(a, over_128, b), over_128, c), over_128, d), bytes, size);
 }
 
 // The product, shifted to undo the factor x of the instruction, is low * x^64 + high.
-DCP_TARGET_CLMUL inline std::uint64_t crc64_multiply_clmul(std::uint64_t a, std::uint64_t b) {
+template <class = Deferred>
+DCP_TARGET_CLMUL std::uint64_t crc64_multiply_clmul(std::uint64_t a, std::uint64_t b) {
   Crc64Lanes2 const product = DCP_CLMUL_128((Crc64Lanes2{static_cast<long long>(a), 0}), (Crc64Lanes2{static_cast<long long>(b), 0}), 0x00);
   auto const low = static_cast<std::uint64_t>(product[0]), high = static_cast<std::uint64_t>(product[1]);
   return crc64_shift_word(low << 1) ^ (high << 1 | low >> 63);
 }
 
-DCP_TARGET_VCLMUL inline Crc64Lanes8 crc64_load_512(std::byte const* bytes) {
+template <class = Deferred>
+DCP_TARGET_VCLMUL Crc64Lanes8 crc64_load_512(std::byte const* bytes) {
   Crc64Lanes8 lanes;
   std::memcpy(&lanes, bytes, sizeof lanes);
   return lanes;
 }
-DCP_TARGET_VCLMUL inline Crc64Lanes8 crc64_factors_512(Crc64Fold fold) {
+template <class = Deferred>
+DCP_TARGET_VCLMUL Crc64Lanes8 crc64_factors_512(Crc64Fold fold) {
   auto const low = static_cast<long long>(fold.low), high = static_cast<long long>(fold.high);
   return Crc64Lanes8{low, high, low, high, low, high, low, high};
 }
 // Both compilers make one ternary operation of the two exclusive ors.
-DCP_TARGET_VCLMUL inline Crc64Lanes8 crc64_fold_512(Crc64Lanes8 value, Crc64Lanes8 factors, Crc64Lanes8 later) {
+template <class = Deferred>
+DCP_TARGET_VCLMUL Crc64Lanes8 crc64_fold_512(Crc64Lanes8 value, Crc64Lanes8 factors, Crc64Lanes8 later) {
   return later ^ DCP_CLMUL_512(value, factors, 0x00) ^ DCP_CLMUL_512(value, factors, 0x11);
 }
 
-DCP_TARGET_VCLMUL inline std::uint64_t crc64_raw_vclmul(std::byte const* bytes, std::size_t size, std::uint64_t state) {
+template <class = Deferred>
+DCP_TARGET_VCLMUL std::uint64_t crc64_raw_vclmul(std::byte const* bytes, std::size_t size, std::uint64_t state) {
   if (size < 256) return crc64_raw_clmul(bytes, size, state);
   Crc64Lanes8 a = crc64_load_512(bytes) ^ Crc64Lanes8{static_cast<long long>(state), 0, 0, 0, 0, 0, 0, 0};
   Crc64Lanes8 b = crc64_load_512(bytes + 64), c = crc64_load_512(bytes + 128), d = crc64_load_512(bytes + 192);
   bytes += 256, size -= 256;
-  Crc64Lanes8 const over_2048 = crc64_factors_512(crc64_fold_over<2048>);
+  Crc64Lanes8 const over_2048 = crc64_factors_512(crc64_fold_over<2048>());
   for (; size >= 256; bytes += 256, size -= 256) {
     a = crc64_fold_512(a, over_2048, crc64_load_512(bytes));
     b = crc64_fold_512(b, over_2048, crc64_load_512(bytes + 64));
     c = crc64_fold_512(c, over_2048, crc64_load_512(bytes + 128));
     d = crc64_fold_512(d, over_2048, crc64_load_512(bytes + 192));
   }
-  Crc64Lanes8 const over_512 = crc64_factors_512(crc64_fold_over<512>);
+  Crc64Lanes8 const over_512 = crc64_factors_512(crc64_fold_over<512>());
   d = crc64_fold_512(crc64_fold_512(crc64_fold_512(a, over_512, b), over_512, c), over_512, d);
   for (; size >= 64; bytes += 64, size -= 64) d = crc64_fold_512(d, over_512, crc64_load_512(bytes));
   alignas(64) std::array<std::byte, 64> lanes;
   std::memcpy(lanes.data(), &d, sizeof d);
-  Crc64Lanes2 const over_128 = crc64_factors(crc64_fold_over<128>);
+  Crc64Lanes2 const over_128 = crc64_factors(crc64_fold_over<128>());
   Crc64Lanes2 value = crc64_load(lanes.data());
   for (std::size_t lane = 16; lane < 64; lane += 16) value = crc64_fold(value, over_128, crc64_load(lanes.data() + lane));
   return crc64_finish(value, bytes, size);
@@ -218,7 +242,8 @@ struct Crc64Implementation {
 };
 
 /// What this processor can run, slowest first; every function below uses the last one.
-inline std::span<Crc64Implementation const> crc64_implementations() {
+template <class = Deferred>
+std::span<Crc64Implementation const> crc64_implementations() {
   static std::array<Crc64Implementation, 3> list{{{"tables", detail::crc64_raw_tables, detail::crc64_multiply_bits}}};
   static std::size_t const count = [] {
     std::size_t n = 1;
@@ -237,7 +262,8 @@ inline std::span<Crc64Implementation const> crc64_implementations() {
 }
 
 namespace detail {
-inline Crc64Implementation const& crc64_best() {
+template <class = Deferred>
+Crc64Implementation const& crc64_best() {
   static Crc64Implementation const best = crc64_implementations().back();
   return best;
 }
@@ -246,30 +272,36 @@ inline Crc64Implementation const& crc64_best() {
 /// The linear CRC, continued from `state`.
 ///
 /// Law       crc64_raw(a ++ b) == crc64_raw(b, crc64_raw(a));  crc64_raw(a ^ b) == crc64_raw(a) ^ crc64_raw(b) for equal lengths
-inline std::uint64_t crc64_raw(ConstByteSpan bytes, std::uint64_t state = 0) { return detail::crc64_best().raw(bytes.data(), bytes.size(), state); }
+template <class = Deferred>
+std::uint64_t crc64_raw(ConstByteSpan bytes, std::uint64_t state = 0) { return detail::crc64_best().raw(bytes.data(), bytes.size(), state); }
 
 /// The standard CRC-64/NVME.
 ///
 /// Source    NVM Express NVM Command Set, "64b CRC"; the same as the x-amz-checksum-crc64nvme of object stores
 /// Example   crc64 of "123456789" == 0xae8b14860a799888;  crc64 of nothing == 0
-inline std::uint64_t crc64(ConstByteSpan bytes) { return ~crc64_raw(bytes, ~std::uint64_t{0}); }
+template <class = Deferred>
+std::uint64_t crc64(ConstByteSpan bytes) { return ~crc64_raw(bytes, ~std::uint64_t{0}); }
 
 /// The raw CRC after `zero_bytes` further zeros. At most 64 products; one when `zero_bytes` is a power of two.
-inline std::uint64_t crc64_shift(std::uint64_t raw, std::uint64_t zero_bytes) {
+template <class = Deferred>
+std::uint64_t crc64_shift(std::uint64_t raw, std::uint64_t zero_bytes) {
   auto const multiply = detail::crc64_best().multiply;
   for (std::size_t k = 0; zero_bytes != 0; ++k, zero_bytes >>= 1)
-    if ((zero_bytes & 1) != 0) raw = multiply(raw, detail::crc64_zero_bytes[k]);
+    if ((zero_bytes & 1) != 0) raw = multiply(raw, detail::crc64_zero_bytes()[k]);
   return raw;
 }
 
 /// The standard CRC of `size` bytes whose raw CRC is `raw`.
-inline std::uint64_t crc64_from_raw(std::uint64_t raw, std::uint64_t size) { return ~(raw ^ crc64_shift(~std::uint64_t{0}, size)); }
+template <class = Deferred>
+std::uint64_t crc64_from_raw(std::uint64_t raw, std::uint64_t size) { return ~(raw ^ crc64_shift(~std::uint64_t{0}, size)); }
 
 /// The raw CRC of `size` bytes whose standard CRC is `crc`. The term between the two is added either way.
-inline std::uint64_t crc64_to_raw(std::uint64_t crc, std::uint64_t size) { return crc64_from_raw(crc, size); }
+template <class = Deferred>
+std::uint64_t crc64_to_raw(std::uint64_t crc, std::uint64_t size) { return crc64_from_raw(crc, size); }
 
 /// The standard CRC of two byte strings, one after the other. (The terms of the first one's length cancel.)
-inline std::uint64_t crc64_combine(std::uint64_t first, std::uint64_t second, std::uint64_t second_size) {
+template <class = Deferred>
+std::uint64_t crc64_combine(std::uint64_t first, std::uint64_t second, std::uint64_t second_size) {
   return crc64_shift(first, second_size) ^ second;
 }
 
@@ -282,9 +314,11 @@ inline std::uint64_t crc64_combine(std::uint64_t first, std::uint64_t second, st
 ///           mine.contribution() XOR those of the other ranks == the raw CRC of the chunk, if the bytes() add up to chunk_size
 class PositionedCrc {
  public:
-  explicit PositionedCrc(std::uint64_t chunk_size) : chunk_size_{chunk_size} {}
+  template <class = Deferred>
+  explicit PositionedCrc(std::uint64_t chunk_size) : implementation_{&detail::crc64_best()}, chunk_size_{chunk_size} {}
 
   /// Throws Error(invalid_argument) if the run does not lie in the chunk.
+  template <class = Deferred>
   void add(std::uint64_t offset, ConstByteSpan run) {
     if (offset > chunk_size_ || run.size() > chunk_size_ - offset) outside(offset, run.size());
     std::uint64_t const end = offset + run.size();
@@ -298,22 +332,25 @@ class PositionedCrc {
     bytes_ += run.size();
   }
 
+  template <class = Deferred>
   std::uint64_t contribution() const { return crc64_shift(raw_, chunk_size_ - end_); }
   std::uint64_t bytes() const { return bytes_; }
   std::uint64_t chunk_size() const { return chunk_size_; }
 
  private:
+  template <class = Deferred>
   std::uint64_t shifted(std::uint64_t crc, std::uint64_t distance) {
     if (crc == 0 || distance == 0) return crc;
     if (distance != distance_) factor_ = crc64_shift(detail::crc64_one, distance), distance_ = distance;
     return implementation_->multiply(crc, factor_);
   }
+  template <class = Deferred>
   [[noreturn]] void outside(std::uint64_t offset, std::size_t size) const {
     throw Error{ErrorCode::invalid_argument, "a checksum of " + std::to_string(size) + " bytes at " + std::to_string(offset) + " of a chunk of " +
                                                  std::to_string(chunk_size_) + " bytes"};
   }
 
-  Crc64Implementation const* implementation_ = &detail::crc64_best();
+  Crc64Implementation const* implementation_;
   std::uint64_t chunk_size_;
   std::uint64_t raw_ = 0, end_ = 0;              // raw CRC of the chunk's first end_ bytes
   std::uint64_t distance_ = 0, factor_ = 0;      // the last factor used: x^(8 * distance_)
@@ -323,7 +360,8 @@ class PositionedCrc {
 /// What one run adds to the raw CRC of its chunk. For many runs use PositionedCrc.
 ///
 /// Throws    Error(invalid_argument) if the run does not lie in the chunk
-inline std::uint64_t crc64_contribution(ConstByteSpan run, std::uint64_t offset_in_chunk, std::uint64_t chunk_size) {
+template <class = Deferred>
+std::uint64_t crc64_contribution(ConstByteSpan run, std::uint64_t offset_in_chunk, std::uint64_t chunk_size) {
   PositionedCrc crc{chunk_size};
   crc.add(offset_in_chunk, run);
   return crc.contribution();

@@ -2,6 +2,7 @@
 #pragma once
 // The one exception type of the library: a code for programs, fields for people.
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 
 #include <array>
@@ -73,6 +74,7 @@ inline std::string_view to_string(ErrorCode code) { return error_code_names[stat
 /// Example   catch (dcp::Error const& e) { if (e.code() == dcp::ErrorCode::already_exists) ... else std::cerr << e.what(); }
 class Error : public std::exception {
  public:
+  template <class = Deferred>
   Error(ErrorCode code, std::string message) : state_{std::make_shared<State>()} {
     state_->code = code;
     state_->message = std::move(message);
@@ -89,38 +91,46 @@ class Error : public std::exception {
   std::string const& hint() const noexcept { return state_->hint; }
 
   // Facts are added where they are known and only once: the first to say something is the closest to the cause.
+  template <class = Deferred>
   Error& with_rank(int rank, int ranks, std::string note = {}) {
     if (state_->rank < 0) edit([&](State& s) { s.rank = rank, s.ranks = ranks, s.rank_note = std::move(note); });
     return *this;
   }
+  template <class = Deferred>
   Error& with_phase(std::string phase) {
     if (state_->phase.empty()) edit([&](State& s) { s.phase = std::move(phase); });
     return *this;
   }
+  template <class = Deferred>
   Error& with_path(std::string path) {
     if (state_->path.empty()) edit([&](State& s) { s.path = std::move(path); });
     return *this;
   }
+  template <class = Deferred>
   Error& with_range(std::uint64_t begin, std::uint64_t end) {
     if (state_->begin == state_->end) edit([&](State& s) { s.begin = begin, s.end = end; });
     return *this;
   }
+  template <class = Deferred>
   Error& with_errno(int code) {
     if (state_->system_error == 0) edit([&](State& s) { s.system_error = code; });
     return *this;
   }
+  template <class = Deferred>
   Error& with_hint(std::string hint) {
     if (state_->hint.empty()) edit([&](State& s) { s.hint = std::move(hint); });
     return *this;
   }
 
   // The fields as a message to other ranks.
+  template <class = Deferred>
   Bytes encode() const {
     ByteWriter out;
     out.number(state_->code).text(state_->message).number(state_->rank).number(state_->ranks).text(state_->rank_note).text(state_->phase);
     out.text(state_->path).number(state_->begin).number(state_->end).number(state_->system_error).text(state_->hint);
     return out.take();
   }
+  template <class = Deferred>
   static Error decode(ConstByteSpan bytes) {
     ByteReader in{bytes};
     auto const code = in.number<ErrorCode>();
@@ -148,6 +158,7 @@ class Error : public std::exception {
     format();
   }
 
+  template <class = Deferred>
   void format() {
     State& s = *state_;
     s.what = "dcp: " + s.message + "\n  code      " + std::string{to_string(s.code)};
@@ -168,7 +179,8 @@ class Error : public std::exception {
 };
 
 /// The exception in flight as an Error; call inside a catch block.
-inline Error current_error() {
+template <class = Deferred>
+Error current_error() {
   try {
     throw;
   } catch (Error const& error) {

@@ -2,6 +2,8 @@
 #pragma once
 // Text for people and for JSON: UTF-8, escapes, hexadecimal numbers, byte counts.
 
+#include <dcp/base/config.hpp>
+
 #include <array>
 #include <charconv>
 #include <cstdint>
@@ -13,7 +15,8 @@ namespace dcp {
 
 /// The position of the first byte that is not part of well-formed UTF-8 (RFC 3629: no overlong forms, no surrogates, at most
 /// U+10FFFF), or npos when all of it is.
-inline std::size_t first_invalid_utf8(std::string_view text) {
+template <class = Deferred>
+std::size_t first_invalid_utf8(std::string_view text) {
   auto const byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
   for (std::size_t i = 0; i < text.size();) {
     unsigned const lead = byte(i);
@@ -36,7 +39,8 @@ inline std::size_t first_invalid_utf8(std::string_view text) {
 
 /// `text` as a JSON string with its quotes, escaped as serde_json does (the safetensors writer): only quote, backslash and the
 /// control characters; everything else stays raw UTF-8.
-inline std::string json_quoted(std::string_view text) {
+template <class = Deferred>
+std::string json_quoted(std::string_view text) {
   std::string out{'"'};
   out.reserve(text.size() + 2);
   for (char const c : text) {
@@ -62,14 +66,16 @@ inline std::string json_quoted(std::string_view text) {
 }
 
 /// 16 lower-case hexadecimal digits.
-inline std::string hex16(std::uint64_t value) {
+template <class = Deferred>
+std::string hex16(std::uint64_t value) {
   std::array<char, 17> digits{};
   std::snprintf(digits.data(), digits.size(), "%016llx", static_cast<unsigned long long>(value));
   return std::string{digits.data(), 16};
 }
 
 /// The number that hex16 wrote; false for anything else.
-inline bool parse_hex16(std::string_view text, std::uint64_t& value) {
+template <class = Deferred>
+bool parse_hex16(std::string_view text, std::uint64_t& value) {
   if (text.size() != 16) return false;
   for (char const c : text)
     if (!((c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'))) return false;
@@ -78,7 +84,8 @@ inline bool parse_hex16(std::string_view text, std::uint64_t& value) {
 }
 
 /// "12 B", "3.4 MiB".
-inline std::string human_bytes(std::uint64_t bytes) {
+template <class = Deferred>
+std::string human_bytes(std::uint64_t bytes) {
   constexpr std::array units{"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
   double value = static_cast<double>(bytes);
   std::size_t unit = 0;

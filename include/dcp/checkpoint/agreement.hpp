@@ -4,6 +4,7 @@
 // only distinct sets of names travel, each once.
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/sort.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/comm/agree.hpp>
 #include <dcp/plan/schema.hpp>
@@ -36,7 +37,7 @@ std::map<std::string_view, StateEntry const*> entries_by_name(StateDict const& s
 /// Ties that any rank found in its memory or declared, once no rank that holds elements speaks against them. Collective.
 template <class = Deferred>
 std::vector<Tie> agree_ties(CommRef comm, std::string_view phase, StateDict const& state, std::vector<Tie> mine) {
-  std::sort(mine.begin(), mine.end());
+  detail::sort(mine);
   ByteWriter message;
   for (auto const& tie : mine) message.text(tie.dropped).text(tie.kept);
   auto const digests = all_gather_value(comm, crc64(message.bytes()));
@@ -62,7 +63,7 @@ std::vector<Tie> agree_ties(CommRef comm, std::string_view phase, StateDict cons
     }
     problems.raise();
   });
-  std::sort(all.begin(), all.end());
+  detail::sort(all);
   return all;
 }
 
@@ -112,7 +113,7 @@ AgreedState agree_state(CommRef comm, std::string_view phase, StateDict const& s
 
   std::vector<Tie> declared = local.schema.ties;
   declared.insert(declared.end(), local.ties.begin(), local.ties.end());
-  std::sort(declared.begin(), declared.end());
+  detail::sort(declared);
   declared.erase(std::unique(declared.begin(), declared.end()), declared.end());
   std::vector<Tie> ties = agree_ties(comm, phase, state, std::move(declared));
 

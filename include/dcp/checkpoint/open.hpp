@@ -4,6 +4,7 @@
 // of its share of the files, and learn of all of them.
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/sort.hpp>
 #include <dcp/checkpoint/checksums.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/place.hpp>
@@ -323,7 +324,7 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
       std::sort(catalog.values.begin(), catalog.values.end(), [](auto const& a, auto const& b) { return a.first < b.first; });
       catalog.ties.clear();
       for (auto const& [dropped, kept] : opened.record->ties) catalog.ties.push_back({dropped, kept});
-      std::sort(catalog.ties.begin(), catalog.ties.end());
+      detail::sort(catalog.ties);
     }
     return catalog;
   });

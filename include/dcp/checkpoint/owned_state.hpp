@@ -19,6 +19,7 @@ namespace dcp {
 /// that the checkpoint ties to each other: a name costs nothing, however many a file lists.
 class OwnedTensor {
  public:
+  template <class = Deferred>
   OwnedTensor(DType dtype, Extents const& shape) : dtype_{dtype}, shape_{shape}, bytes_{std::make_shared<Bytes>(static_cast<std::size_t>(bytes_of(dtype, shape.elements())))} {}
   DType dtype() const { return dtype_; }
   Extents const& shape() const { return shape_; }
@@ -41,6 +42,7 @@ class OwnedTensor {
 class OwnedState {
  public:
   OwnedState() = default;
+  template <class = Deferred>
   OwnedState(std::map<std::string, OwnedTensor> tensors, std::map<std::string, Value> values, Report report)
       : tensors_{std::move(tensors)}, values_{std::move(values)}, report_{std::move(report)} {}
 

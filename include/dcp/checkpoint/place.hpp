@@ -14,14 +14,16 @@
 #include <dcp/media/medium.hpp>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <random>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
+
+#include <unistd.h>
 
 namespace dcp::detail {
 
@@ -36,8 +38,9 @@ std::pair<std::string, std::string> split_path(std::string const& path) {
 
 template <class = Deferred>
 std::string random_id() {
-  std::random_device device;
-  return hex16((static_cast<std::uint64_t>(device()) << 32) ^ device());
+  std::uint64_t id = 0;
+  if (::getentropy(&id, sizeof id) != 0) throw Error{ErrorCode::io, "the system gives no random number for the name of an attempt"}.with_errno(errno);
+  return hex16(id);
 }
 
 /// The record of the checkpoint or attempt in `directory`; nothing if it has none. Throws what is wrong with one that is there.

@@ -2,6 +2,7 @@
 #pragma once
 // What an operation did: printable, and as fields.
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/text.hpp>
 #include <dcp/comm/agree.hpp>
 
@@ -24,16 +25,19 @@ struct Phase {
   std::string name;
   std::vector<PhaseReport> ranks;   // of every rank
 
+  template <class = Deferred>
   double longest() const {
     double most = 0;
     for (auto const& r : ranks) most = std::max(most, r.seconds);
     return most;
   }
+  template <class = Deferred>
   std::uint64_t bytes() const {
     std::uint64_t sum = 0;
     for (auto const& r : ranks) sum += r.bytes;
     return sum;
   }
+  template <class = Deferred>
   std::uint64_t operations() const {
     std::uint64_t sum = 0;
     for (auto const& r : ranks) sum += r.operations;
@@ -64,6 +68,7 @@ struct Report {
   bool foreign = false;                  // written by somebody else: nothing to verify against
   std::string options;                   // in effect
 
+  template <class = Deferred>
   friend std::ostream& operator<<(std::ostream& out, Report const& report) {
     auto const number = [](double value) {
       std::array<char, 32> text{};
@@ -105,6 +110,7 @@ class Stopwatch {
  public:
   using clock = std::chrono::steady_clock;
 
+  template <class = Deferred>
   PhaseReport& enter(std::string name) {
     leave();
     for (std::size_t i = 0; i < names_.size(); ++i)
@@ -113,6 +119,7 @@ class Stopwatch {
     mine_.emplace_back();
     return current_ = names_.size() - 1, mine_.back();
   }
+  template <class = Deferred>
   void leave() {
     auto const now = clock::now();
     if (current_ < mine_.size()) mine_[current_].seconds += std::chrono::duration<double>(now - last_).count();
@@ -123,6 +130,7 @@ class Stopwatch {
   PhaseReport& here() { return mine_[current_]; }
 
   /// Everyone's times into `report`. Collective; all ranks have entered the same phases.
+  template <class = Deferred>
   void collect(CommRef comm, Report& report) {
     leave();
     double const seconds = std::chrono::duration<double>(clock::now() - begin_).count();

@@ -6,6 +6,7 @@
 // that only it has seen. It takes part to the end of the step and says there what went wrong, and then all ranks throw the same
 // Error. An Error of the communicator itself (a rank died) needs no agreement and passes through.
 
+#include <dcp/base/config.hpp>
 #include <dcp/comm/communicator.hpp>
 
 #include <algorithm>
@@ -33,16 +34,20 @@ T broadcast_value(CommRef comm, T value, int root) {
 }
 
 /// The smallest, largest value, and the sum, over all ranks. Collective; 8 bytes per rank.
-inline std::uint64_t all_reduce_min(CommRef comm, std::uint64_t value) { return std::ranges::min(all_gather_value(comm, value)); }
-inline std::uint64_t all_reduce_max(CommRef comm, std::uint64_t value) { return std::ranges::max(all_gather_value(comm, value)); }
-inline std::uint64_t all_reduce_sum(CommRef comm, std::uint64_t value) {
+template <class = Deferred>
+std::uint64_t all_reduce_min(CommRef comm, std::uint64_t value) { return std::ranges::min(all_gather_value(comm, value)); }
+template <class = Deferred>
+std::uint64_t all_reduce_max(CommRef comm, std::uint64_t value) { return std::ranges::max(all_gather_value(comm, value)); }
+template <class = Deferred>
+std::uint64_t all_reduce_sum(CommRef comm, std::uint64_t value) {
   std::uint64_t sum = 0;
   for (std::uint64_t const part : all_gather_value(comm, value)) sum += part;
   return sum;
 }
 
 /// Makes `bytes` of rank `root` everyone's, whatever their size. Collective.
-inline void broadcast_bytes(CommRef comm, Bytes& bytes, int root) {
+template <class = Deferred>
+void broadcast_bytes(CommRef comm, Bytes& bytes, int root) {
   bytes.resize(static_cast<std::size_t>(broadcast_value<std::uint64_t>(comm, bytes.size(), root)));
   if (!bytes.empty()) comm.broadcast(bytes, root);
 }
@@ -52,7 +57,8 @@ inline void broadcast_bytes(CommRef comm, Bytes& bytes, int root) {
 /// Cost      one gather of the sizes, then the first 2 * mean bytes of each rank in one all_gather (short ones padded) and what
 ///           longer ranks have beyond that by a broadcast each: at most twice the sum of the sizes travels
 /// Memory    the result, and at most 64 MiB, or one byte per rank, for the padding
-inline std::vector<Bytes> all_gather_bytes(CommRef comm, ConstByteSpan mine) {
+template <class = Deferred>
+std::vector<Bytes> all_gather_bytes(CommRef comm, ConstByteSpan mine) {
   auto const sizes = all_gather_value<std::uint64_t>(comm, mine.size());
   std::uint64_t const ranks = sizes.size();
   std::uint64_t largest = 0, total = 0;
@@ -95,7 +101,8 @@ namespace detail {
 inline constexpr std::uint64_t outcome_ok = 0;
 inline constexpr std::uint64_t outcome_no_memory = ~std::uint64_t{0};   // not even for saying what happened
 
-inline std::uint64_t encode_outcome(std::exception_ptr const& failure, int rank, int size, std::string_view phase, Bytes& encoded) {
+template <class = Deferred>
+std::uint64_t encode_outcome(std::exception_ptr const& failure, int rank, int size, std::string_view phase, Bytes& encoded) {
   if (!failure) return outcome_ok;
   try {
     try {
@@ -110,7 +117,8 @@ inline std::uint64_t encode_outcome(std::exception_ptr const& failure, int rank,
 }
 
 /// Returns when no rank has failed; else throws the error of the lowest rank that has.
-inline void agree_on_outcome(CommRef comm, std::string_view phase, std::exception_ptr const& failure) {
+template <class = Deferred>
+void agree_on_outcome(CommRef comm, std::string_view phase, std::exception_ptr const& failure) {
   std::optional<Error> agreed;
   try {
     Bytes encoded;

@@ -11,6 +11,7 @@
 // their own (a root or a destination outside the group, an all_gather span of the wrong size) are Error(invalid_argument) on the
 // rank that passed them, before anything is sent.
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
 
@@ -175,19 +176,22 @@ class CommRef {
 
 namespace detail {
 
-inline void check_root(int root, int size) {
+template <class = Deferred>
+void check_root(int root, int size) {
   if (root < 0 || root >= size)
     throw Error{ErrorCode::invalid_argument, "broadcast from rank " + std::to_string(root) + ", but the ranks are 0 to " + std::to_string(size - 1)};
 }
 
-inline void check_all_gather(ConstByteSpan mine, ConstByteSpan all, int size) {
+template <class = Deferred>
+void check_all_gather(ConstByteSpan mine, ConstByteSpan all, int size) {
   auto const ranks = static_cast<std::size_t>(size);
   if (all.size() % ranks == 0 && all.size() / ranks == mine.size()) return;
   throw Error{ErrorCode::invalid_argument, "all_gather of " + std::to_string(mine.size()) + " bytes from each of " + std::to_string(size) +
                                                " ranks into a span of " + std::to_string(all.size()) + " bytes"};
 }
 
-inline void check_destinations(std::vector<Message> const& outgoing, int size) {
+template <class = Deferred>
+void check_destinations(std::vector<Message> const& outgoing, int size) {
   for (Message const& message : outgoing)
     if (message.rank < 0 || message.rank >= size)
       throw Error{ErrorCode::invalid_argument,
@@ -195,7 +199,8 @@ inline void check_destinations(std::vector<Message> const& outgoing, int size) {
 }
 
 /// "rank 3", "ranks 2 and 3", "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 12 more".
-inline std::string name_ranks(std::span<int const> ranks) {
+template <class = Deferred>
+std::string name_ranks(std::span<int const> ranks) {
   constexpr std::size_t most = 8;
   std::string text = ranks.size() == 1 ? "rank " : "ranks ";
   for (std::size_t i = 0; i < ranks.size(); ++i) {

@@ -12,6 +12,7 @@
 // a group without it goes on. Errors number ranks as the whole run does, in sub-groups too.
 // What a rank brings is moved or copied to the heap: nobody reads the buffers of a rank that has already thrown.
 
+#include <dcp/base/config.hpp>
 #include <dcp/comm/communicator.hpp>
 
 #include <algorithm>
@@ -41,6 +42,7 @@ struct ThreadCall {
   friend bool operator==(ThreadCall const& a, ThreadCall const& b) {
     return std::string_view{a.name} == b.name && a.root == b.root && a.bytes == b.bytes;
   }
+  template <class = Deferred>
   std::string text() const {
     std::string_view const kind = name;
     if (kind == "broadcast") return "broadcast of " + std::to_string(bytes) + " bytes from rank " + std::to_string(root);
@@ -53,6 +55,7 @@ struct ThreadGroup;
 
 /// One operation of one group. Written under the lock until it is complete, then each rank reads or takes its own part.
 struct ThreadRound {
+  template <class = Deferred>
   explicit ThreadRound(std::size_t ranks) : here(ranks), brought(ranks), inbox(ranks), colors(ranks), split(ranks) {}
 
   ThreadCall call;
@@ -73,6 +76,7 @@ struct ThreadRound {
 };
 
 struct ThreadGroup {
+  template <class = Deferred>
   ThreadGroup(std::vector<int> ranks, std::size_t world_size)
       : world_ranks{std::move(ranks)}, member(world_size), round{std::make_shared<ThreadRound>(world_ranks.size())} {
     for (int const rank : world_ranks) member[static_cast<std::size_t>(rank)] = true;
@@ -87,10 +91,12 @@ struct ThreadGroup {
 /// What the ranks of one run_threads share.
 class ThreadWorld {
  public:
+  template <class = Deferred>
   ThreadWorld(int size, std::chrono::milliseconds deadline) : size_{size}, deadline_{bounded_deadline(deadline)}, told_(static_cast<std::size_t>(size)) {
     sign_of_life();
   }
 
+  template <class = Deferred>
   void sign_of_life() { last_sign_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed); }
 
   /// The round that `rank` of `group` brings something to, once it is complete. Throws the failure of the group.
@@ -133,6 +139,7 @@ class ThreadWorld {
   }
 
   /// `rank` is gone, with what was thrown there or nothing.
+  template <class = Deferred>
   void leave(int rank, std::exception_ptr const& thrown) {
     auto error = Error{ErrorCode::rank_failed, "rank " + std::to_string(rank) + " returned, and other ranks wait for it in a collective operation"};
     if (thrown) {
@@ -147,6 +154,7 @@ class ThreadWorld {
     fail({rank}, told ? *told : error);
   }
 
+  template <class = Deferred>
   void rethrow_first() const {
     if (first_thrown_) std::rethrow_exception(first_thrown_);
   }
@@ -158,6 +166,7 @@ class ThreadWorld {
     Error error;
   };
 
+  template <class = Deferred>
   static Error error_of(std::exception_ptr const& thrown) {
     try {
       std::rethrow_exception(thrown);
@@ -166,12 +175,14 @@ class ThreadWorld {
     }
   }
 
+  template <class = Deferred>
   void fail(std::vector<int> ranks, Error error) {
     error.with_rank(ranks.front(), size_);
     failures_.push_back({std::move(ranks), std::move(error)});
     arrived_.notify_all();
   }
 
+  template <class = Deferred>
   void throw_if_failed(ThreadGroup const& group, int me) {
     for (Failure const& failure : failures_) {
       if (std::ranges::none_of(failure.ranks, [&](int rank) { return group.member[static_cast<std::size_t>(rank)]; })) continue;
@@ -181,6 +192,7 @@ class ThreadWorld {
     }
   }
 
+  template <class = Deferred>
   void split(ThreadGroup const& group, ThreadRound& round) const {
     std::map<int, std::vector<std::size_t>> by_color;
     for (std::size_t i = 0; i < group.size(); ++i) by_color[round.colors[i].color].push_back(i);
@@ -217,10 +229,12 @@ class ThreadComm {
   int rank() const { return rank_; }
   int size() const { return static_cast<int>(group_->size()); }
 
+  template <class = Deferred>
   void barrier() {
     meet({"barrier"}, [](auto&) {});
   }
 
+  template <class = Deferred>
   void broadcast(ByteSpan bytes, int root) {
     detail::check_root(root, size());
     auto const round = meet({"broadcast", root, bytes.size()}, [&, copy = rank_ == root ? Bytes(bytes.begin(), bytes.end()) : Bytes{}](auto& r) mutable {
@@ -229,6 +243,7 @@ class ThreadComm {
     if (rank_ != root) std::ranges::copy(round->brought[static_cast<std::size_t>(root)], bytes.begin());
   }
 
+  template <class = Deferred>
   void all_gather(ConstByteSpan mine, ByteSpan all) {
     detail::check_all_gather(mine, all, size());
     auto const round =
@@ -237,6 +252,7 @@ class ThreadComm {
     for (Bytes const& part : round->brought) out = std::ranges::copy(part, out).out;
   }
 
+  template <class = Deferred>
   std::vector<Message> exchange(std::vector<Message> outgoing) {
     detail::check_destinations(outgoing, size());
     auto const round = meet({"exchange"}, [&](auto& r) {
@@ -247,12 +263,14 @@ class ThreadComm {
     return std::move(mine);
   }
 
+  template <class = Deferred>
   ThreadComm split(int color, int key) {
     auto const round = meet({"split"}, [&](auto& r) { r.colors[me()] = {color, key}; });
     auto const& part = round->split[me()];
     return ThreadComm{world_, part.group, part.rank};
   }
 
+  template <class = Deferred>
   void progress() { world_->sign_of_life(); }
 
  private:

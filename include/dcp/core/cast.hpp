@@ -2,6 +2,7 @@
 #pragma once
 // Conversions between element types, for loads that were told to cast.
 
+#include <dcp/base/config.hpp>
 #include <dcp/core/dtype.hpp>
 
 #include <cstdint>
@@ -78,12 +79,14 @@ constexpr bool castable() {
 
 /// Whether a load may cast: any float to any float (round to nearest even; beyond the range: infinity, or NaN where there is none),
 /// integers to types that hold all their values.
-inline bool can_cast(DType from, DType to) {
+template <class = Deferred>
+bool can_cast(DType from, DType to) {
   return detail::with_castable_type(from, [&](auto f) { return detail::with_castable_type(to, [&](auto t) { return detail::castable<decltype(t), decltype(f)>(); }); });
 }
 
 /// Casts `count` elements; neither side need be aligned. Pre: can_cast(from, to).
-inline void cast_elements(DType from, std::byte const* source, DType to, std::byte* target, std::size_t count) {
+template <class = Deferred>
+void cast_elements(DType from, std::byte const* source, DType to, std::byte* target, std::size_t count) {
   detail::with_castable_type(from, [&](auto f) {
     return detail::with_castable_type(to, [&](auto t) {
       using From = decltype(f);

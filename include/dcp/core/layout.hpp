@@ -13,6 +13,7 @@
 #include <concepts>
 #include <cstdint>
 #include <optional>
+#include <span>
 
 namespace dcp {
 
@@ -223,6 +224,23 @@ template <int TensorRank, int Needed>
 struct dims_exist {
   static_assert(TensorRank >= Needed, "dcp: this Placement shards a dimension that the tensor does not have [tensor rank >= rank the Placement needs; dimensions count from 0]");
 };
+
+// The layout of rules as values: one body for all placements.
+constexpr Layout layout_of_rules(MeshGeometry const& mesh, Padded const& shape, std::span<Rule const> rules, int needed_rank) {
+  Layout layout;
+  layout.shape = shape.logical;
+  layout.split_shape = shape.padded;
+  layout.mesh = mesh;
+  for (std::size_t a = 0; a < rules.size() && a < max_axes; ++a) layout.rules[a] = rules[a];
+  if (shape.logical.rank() != shape.padded.rank())
+    throw Error{ErrorCode::invalid_argument, "logical shape " + to_string(shape.logical) + " and padded shape " + to_string(shape.padded) + " differ in rank"};
+  for (int d = 0; d < shape.logical.rank(); ++d)
+    if (shape.logical[d] > shape.padded[d])
+      throw Error{ErrorCode::invalid_argument, "logical shape " + to_string(shape.logical) + " is larger than the padded shape " + to_string(shape.padded)};
+  if (shape.logical.rank() < needed_rank)
+    throw Error{ErrorCode::invalid_argument, "a tensor of shape " + to_string(shape.logical) + " has no dimension " + std::to_string(needed_rank - 1) + ", which its Placement shards"};
+  return layout;
+}
 }  // namespace detail
 
 /// The layout of a tensor of global `shape` placed as `P` on `mesh`.
@@ -232,21 +250,9 @@ template <class P, int N>
 constexpr Layout layout_of(DeviceMesh<N> const& mesh, Padded const& shape) {
   [[maybe_unused]] detail::a_placement<P> placement;
   [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
-  Layout layout;
-  layout.shape = shape.logical;
-  layout.split_shape = shape.padded;
-  layout.mesh = mesh.geometry();
-  if constexpr (is_placement<P>)
-    for (std::size_t a = 0; a < P::rules.size() && a < max_axes; ++a) layout.rules[a] = P::rules[a];
-  if (shape.logical.rank() != shape.padded.rank())
-    throw Error{ErrorCode::invalid_argument, "logical shape " + to_string(shape.logical) + " and padded shape " + to_string(shape.padded) + " differ in rank"};
-  for (int d = 0; d < shape.logical.rank(); ++d)
-    if (shape.logical[d] > shape.padded[d])
-      throw Error{ErrorCode::invalid_argument, "logical shape " + to_string(shape.logical) + " is larger than the padded shape " + to_string(shape.padded)};
-  constexpr int needed = detail::needed_rank_of<P>;
-  if (shape.logical.rank() < needed)
-    throw Error{ErrorCode::invalid_argument, "a tensor of shape " + to_string(shape.logical) + " has no dimension " + std::to_string(needed - 1) + ", which its Placement shards"};
-  return layout;
+  std::span<Rule const> of_placement;
+  if constexpr (is_placement<P>) of_placement = P::rules;
+  return detail::layout_of_rules(mesh.geometry(), shape, of_placement, detail::needed_rank_of<P>);
 }
 template <class P, int N>
 constexpr Layout layout_of(DeviceMesh<N> const& mesh, Extents const& shape) {

@@ -2,6 +2,7 @@
 #pragma once
 // A tensor whose layout over the ranks is part of its type, viewing the memory that holds this rank's part.
 
+#include <dcp/base/config.hpp>
 #include <dcp/core/layout.hpp>
 #include <dcp/core/tensor_view.hpp>
 
@@ -50,14 +51,36 @@ struct LocalPart {
   bool held = false;   // whether this rank is in the mesh
 };
 
-inline void check_local_memory(Layout const& layout, Box const& padded, Box const& box, Extents const& given, Extents const& strides, bool dense) {
+template <class = Deferred>
+void check_local_memory(Layout const& layout, Box const& padded, Box const& box, Extents const& given, Extents const& strides, bool dense) {
   bool holds = given.rank() == box.rank();
   for (int d = 0; holds && d < box.rank(); ++d) holds = given[d] >= box.shape[d];
   if (!holds)
     throw Error{ErrorCode::invalid_argument, "a tensor " + to_string(layout.shape) + " has a local part " + to_string(padded.shape) + " here, but its memory is " + to_string(given) +
                                                  " with strides " + to_string(strides) + (dense ? "" : "; pass a view of the local part")};
 }
+
+/// The part of `layout` that `rank` holds, in `memory`. Compiled once per element and memory type: a model has few of them, and many
+/// types of tensors.
+template <class T, class M>
+LocalPart local_part(Layout const& layout, std::int64_t rank, M& memory) {
+  LocalPart part{layout, nothing_of(layout.shape), {}, false};
+  auto const coordinate = layout.mesh.coordinate_of(rank);
+  if (!coordinate) return part;
+  part.held = true;
+  part.box = box_at(layout, *coordinate);
+  Box const padded = padded_box_at(layout, *coordinate);
+  if constexpr (is_tensor_view<std::remove_cvref_t<M>>) {
+    check_local_memory(layout, padded, part.box, memory.shape(), memory.strides(), false);
+    part.memory = memory.memory();
+  } else if constexpr (std::is_constructible_v<std::span<storage_of<T>>, M&>) {
+    part.memory = TensorView<T>{memory, padded.shape}.memory();
+  }
+  return part;
+}
 }  // namespace detail
+
+class Entry;
 
 /// A view of this rank's part of a global tensor.
 ///
@@ -124,22 +147,15 @@ class ShardedTensor : detail::an_element_type<T>, detail::a_placement<P>, detail
  private:
   template <class, class, class>
   friend class ShardedTensor;
+  friend class Entry;
   explicit ShardedTensor(detail::LocalPart const& part) : part_{part} {}
 
   template <class M>
-  ShardedTensor(Layout const& layout, std::int64_t rank, M& memory) : part_{layout, nothing_of(layout.shape), {}, false} {
-    auto const coordinate = layout.mesh.coordinate_of(rank);
-    if (!coordinate) return;
-    part_.held = true;
-    part_.box = box_at(layout, *coordinate);
-    Box const padded = padded_box_at(layout, *coordinate);
+  ShardedTensor(Layout const& layout, std::int64_t rank, M& memory) : part_{detail::local_part<T>(layout, rank, memory)} {
     if constexpr (detail::is_tensor_view<std::remove_cvref_t<M>>) {
       [[maybe_unused]] detail::memory_of_type<T, std::span<storage_of<typename std::remove_cvref_t<M>::element_type>>> check;
-      detail::check_local_memory(layout, padded, part_.box, memory.shape(), memory.strides(), false);
-      part_.memory = memory.memory();
     } else {
       [[maybe_unused]] detail::memory_of_type<T, M> check;
-      if constexpr (std::is_constructible_v<std::span<storage_of<T>>, M&>) part_.memory = TensorView<T>{memory, padded.shape}.memory();
     }
   }
 

@@ -2,6 +2,7 @@
 #pragma once
 // A training state as a flat, ordered map from names to views: tensors, values, and hooks to call after loading. Owns no data.
 
+#include <dcp/base/config.hpp>
 #include <dcp/core/layout.hpp>
 #include <dcp/core/sharded_tensor.hpp>
 #include <dcp/core/tensor_view.hpp>
@@ -133,7 +134,7 @@ struct state_returns_a_state_dict {
 class Entry {
  public:
   template <class T>
-  Entry(std::string_view name, T&& object) : name_{name}, object_{const_cast<void*>(static_cast<void const*>(std::addressof(object)))}, add_{&add_to<std::remove_cvref_t<T>>} {
+  Entry(std::string_view name, T&& object) : name_{name}, object_{const_cast<void*>(static_cast<void const*>(__builtin_addressof(object)))}, add_{&add_to<std::remove_cvref_t<T>>} {
     using Plain = std::remove_cvref_t<T>;
     [[maybe_unused]] detail::a_state_of_known_type<Plain> known;
     [[maybe_unused]] detail::entry_outlives_the_call<Plain, !std::is_lvalue_reference_v<T>> alive;
@@ -160,6 +161,7 @@ class Entry {
 class StateDict {
  public:
   StateDict() = default;
+  template <class = Deferred>
   StateDict(std::initializer_list<Entry> entries) {
     for (auto const& entry : entries) entry.add_(*this, std::string{entry.name_}, entry.object_);
   }
@@ -193,6 +195,7 @@ class StateDict {
   }
   /// Declares that tensor `name` is `kept` under another name: stored once, restored under both. Tensors in the same memory are
   /// found to be tied without a declaration.
+  template <class = Deferred>
   StateDict& tie(std::string name, std::string kept) {
     StateEntry& entry = insert(std::move(name), StateEntry::Kind::tie);
     entry.tie.kept = std::move(kept);
@@ -205,11 +208,18 @@ class StateDict {
   // For drivers and for EntryOf specialisations.
   std::vector<StateEntry> const& entries() const { return entries_; }
   std::vector<AfterLoad> const& hooks() const { return hooks_; }
+  template <class = Deferred>
   void add_tensor(std::string name, DType dtype, Layout const& layout, MemoryView const& memory) {
     StateEntry& entry = insert(std::move(name), StateEntry::Kind::tensor);
     entry.tensor = std::make_unique<TensorEntry>(TensorEntry{dtype, layout, memory});
   }
+  template <class = Deferred>
+  void add_part(std::string const& name, DType dtype, detail::LocalPart const& part) {
+    if (part.held) add_tensor(name, dtype, part.layout, part.memory);
+  }
+  template <class = Deferred>
   void add_value(std::string name, ValueEntry value) { insert(std::move(name), StateEntry::Kind::value).value = value; }
+  template <class = Deferred>
   void append(std::string const& prefix, StateDict const& other) {
     for (auto const& from : other.entries_) {
       StateEntry& entry = insert(joined(prefix, from.name), from.kind);
@@ -223,9 +233,11 @@ class StateDict {
  private:
   friend class Entry;
 
+  template <class = Deferred>
   static std::string joined(std::string const& prefix, std::string const& name) {
     return prefix.empty() ? name : name.empty() ? prefix : prefix + '.' + name;
   }
+  template <class = Deferred>
   StateEntry& insert(std::string name, StateEntry::Kind kind) {
     if (auto const bad = first_invalid_utf8(name); bad != std::string::npos)
       throw Error{ErrorCode::bad_utf8, "the name of a state entry is not UTF-8 after " + json_quoted(std::string_view{name}.substr(0, bad))};
@@ -255,7 +267,7 @@ void Entry::add_to(StateDict& state, std::string const& name, void* object) {
     EntryOf<T>::add(state, name, x);
   } else if constexpr (detail::is_sharded_tensor<T>::value) {
     [[maybe_unused]] detail::no_partial_axes<T::partial_axes> check;
-    if (x.held_here()) state.add_tensor(name, x.dtype(), x.layout(), x.memory());
+    state.add_part(name, dtype_of<typename T::element_type>, x.part_);
   } else if constexpr (detail::is_tensor_view<T>) {
     state.add_tensor(name, x.dtype(), plain_layout(x.shape()), x.memory());
   } else if constexpr (std::is_same_v<T, StateDict>) {

@@ -2,6 +2,7 @@
 #pragma once
 // What a checkpoint holds besides tensors: numbers, text, bytes, JSON, arrays of numbers; erased, with exact bits.
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
 #include <dcp/base/text.hpp>
@@ -83,7 +84,8 @@ bool with_number_type(DType dtype, F f) {
   }
 }
 
-inline std::string numbers_to_json(Value const& value) {
+template <class = Deferred>
+std::string numbers_to_json(Value const& value) {
   std::string out;
   with_number_type(value.dtype, [&](auto type) {
     using T = decltype(type);
@@ -96,7 +98,8 @@ inline std::string numbers_to_json(Value const& value) {
   return out;
 }
 
-inline std::string hex_text(ConstByteSpan bytes) {
+template <class = Deferred>
+std::string hex_text(ConstByteSpan bytes) {
   constexpr std::string_view digits = "0123456789abcdef";
   std::string out;
   out.reserve(2 * bytes.size());
@@ -108,7 +111,8 @@ inline std::string hex_text(ConstByteSpan bytes) {
 
 /// The value as JSON: numbers (infinities and NaNs as a string of their bits, "0x7ff0000000000000"), arrays, strings (text; bytes
 /// in hexadecimal), a JSON value as it is, per-rank values as an array.
-inline std::string to_json(Value const& value) {
+template <class = Deferred>
+std::string to_json(Value const& value) {
   switch (value.kind) {
     case ValueKind::number: return detail::numbers_to_json(value);
     case ValueKind::array: return '[' + detail::numbers_to_json(value) + ']';
@@ -121,7 +125,8 @@ inline std::string to_json(Value const& value) {
   for (auto const& one : value.ranks) out += (out.size() > 1 ? "," : "") + to_json(one);
   return out + ']';
 }
-inline std::ostream& operator<<(std::ostream& out, Value const& value) { return out << to_json(value); }
+template <class = Deferred>
+std::ostream& operator<<(std::ostream& out, Value const& value) { return out << to_json(value); }
 
 /// How to read and write one C++ object as a value.
 struct ValueOps {
@@ -144,9 +149,11 @@ inline constexpr bool is_byte_vector = false;
 template <class A>
 inline constexpr bool is_byte_vector<std::vector<std::byte, A>> = true;
 
-inline Value make_value(ValueKind kind, DType dtype, ConstByteSpan payload) { return {kind, dtype, Bytes(payload.begin(), payload.end()), {}}; }
+template <class = Deferred>
+Value make_value(ValueKind kind, DType dtype, ConstByteSpan payload) { return {kind, dtype, Bytes(payload.begin(), payload.end()), {}}; }
 
-inline void require_whole(Value const& value, bool whole) {
+template <class = Deferred>
+void require_whole(Value const& value, bool whole) {
   if (!whole) throw Error{ErrorCode::corrupt, "a stored " + std::string{to_string(value.kind)} + " of " + std::string{to_string(value.dtype)} + " has " + std::to_string(value.payload.size()) + " bytes"};
 }
 

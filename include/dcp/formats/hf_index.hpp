@@ -8,6 +8,7 @@
 #include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
+#include <dcp/base/sort.hpp>
 #include <dcp/base/text.hpp>
 #include <dcp/formats/strict_json.hpp>
 
@@ -35,6 +36,7 @@ struct Index {
   friend bool operator==(Index const&, Index const&) = default;
 
   /// The file that holds `tensor`.
+  template <class = Deferred>
   std::optional<std::string_view> find_file(std::string_view tensor) const {
     auto const found =
         std::lower_bound(weight_map.begin(), weight_map.end(), tensor, [](auto const& entry, std::string_view wanted) { return entry.first < wanted; });
@@ -93,6 +95,7 @@ class IndexReader : public JsonReader<IndexReader> {
   std::vector<std::string> metadata_keys;   // all of them, to find duplicates
   bool has_map = false;
 
+  template <class = Deferred>
   void on_key(std::string const& key) {
     if (place_ == Place::top) {
       value_ = key == "metadata" ? Value::metadata : key == "weight_map" ? Value::map : Value::other;
@@ -107,6 +110,7 @@ class IndexReader : public JsonReader<IndexReader> {
       index.weight_map.emplace_back(key, std::string{});
     }
   }
+  template <class = Deferred>
   void on_open(bool object) {
     if (place_ == Place::document && object) {
       place_ = Place::top;
@@ -121,7 +125,9 @@ class IndexReader : public JsonReader<IndexReader> {
       wrong(object ? "an object" : "an array");
     }
   }
+  template <class = Deferred>
   void on_close() { place_ = place_ == Place::top ? Place::document : Place::top; }
+  template <class = Deferred>
   void on_scalar(JsonScalar const& scalar) {
     std::string_view const kind = to_string(scalar.kind);
     if (place_ == Place::map) {
@@ -150,6 +156,7 @@ class IndexReader : public JsonReader<IndexReader> {
   enum class Place : std::uint8_t { document, top, metadata, map };
   enum class Value : std::uint8_t { other, metadata, map };
 
+  template <class = Deferred>
   void wrong(std::string_view kind) {
     std::string const where = place_ == Place::document ? "the index"
                               : place_ == Place::map    ? "the file name of tensor " + shown(index.weight_map.back().first)
@@ -157,6 +164,7 @@ class IndexReader : public JsonReader<IndexReader> {
                                                         : "metadata";
     fault(ErrorCode::bad_schema, where + " is " + std::string{kind} + "; it must be " + (place_ == Place::map ? "a string" : "an object"));
   }
+  template <class = Deferred>
   void bad_total_size(std::string const& problem) {
     if (!options_.ignore_bad_total_size)
       fault(Error{ErrorCode::bad_schema, "metadata.total_size " + problem}.with_hint("IndexOptions::ignore_bad_total_size reads the index without it"));
@@ -209,10 +217,10 @@ Index parse_index(ConstByteSpan json, IndexOptions options = {}) {
   Index index = std::move(reader.index);
   detail::sort_unique(index.weight_map, "weight_map");
   auto& keys = reader.metadata_keys;
-  std::sort(keys.begin(), keys.end());
+  detail::sort(keys);
   if (auto const twice = std::adjacent_find(keys.begin(), keys.end()); twice != keys.end())
     throw Error{ErrorCode::duplicate_key, "the metadata of the index has the key " + detail::shown(*twice) + " twice"};
-  std::sort(index.metadata.begin(), index.metadata.end());
+  detail::sort(index.metadata);
   if (index.weight_map.empty()) throw Error{ErrorCode::index_mismatch, "the weight_map of the index is empty; there is nothing to load"};
   return index;
 }
@@ -232,7 +240,7 @@ std::string write_index(Index index, IndexOptions const& options = {}) {
     lines.emplace_back(key, detail::python_quoted(value));
   }
   if (index.total_size) lines.emplace_back("total_size", std::to_string(*index.total_size));
-  std::sort(lines.begin(), lines.end());
+  detail::sort(lines);
 
   std::string text = "{\n  \"metadata\": {";
   char const* separator = "\n";

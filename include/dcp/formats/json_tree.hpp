@@ -111,21 +111,26 @@ class JsonTreeReader : public JsonReader<JsonTreeReader> {
   std::vector<JsonNode> nodes;
   std::string characters;
 
+  template <class = Deferred>
   void on_key(std::string const& key) { name_ = key; }
+  template <class = Deferred>
   void on_open(bool object) {
     open_.push_back(nodes.size());
     add(object ? JsonNodeKind::object : JsonNodeKind::array, {});
   }
+  template <class = Deferred>
   void on_close() {
     nodes[open_.back()].end = static_cast<std::uint32_t>(nodes.size());
     open_.pop_back();
   }
+  template <class = Deferred>
   void on_scalar(JsonScalar const& scalar) {
     constexpr std::array kinds{JsonNodeKind::null, JsonNodeKind::boolean, JsonNodeKind::number, JsonNodeKind::number, JsonNodeKind::string};
     add(kinds[static_cast<std::size_t>(scalar.kind)], scalar.text != nullptr ? std::string_view{*scalar.text} : scalar.spelling);
   }
 
  private:
+  template <class = Deferred>
   void add(JsonNodeKind kind, std::string_view text) {
     nodes.push_back({kind, static_cast<std::uint32_t>(name_.size()), static_cast<std::uint32_t>(text.size()), characters.size(), static_cast<std::uint32_t>(nodes.size() + 1)});
     characters.append(name_).append(text);

@@ -13,6 +13,7 @@
 #include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
+#include <dcp/base/sort.hpp>
 #include <dcp/base/text.hpp>
 #include <dcp/core/dtype.hpp>
 #include <dcp/core/shape.hpp>
@@ -50,6 +51,7 @@ struct Header {
   Metadata metadata;
   std::uint64_t data_begin = 8;      // where the data section starts in the file
 
+  template <class = Deferred>
   std::optional<std::string_view> find_metadata(std::string_view key) const {
     auto const found = std::lower_bound(metadata.begin(), metadata.end(), key, [](auto const& entry, std::string_view wanted) { return entry.first < wanted; });
     if (found == metadata.end() || found->first != key) return std::nullopt;
@@ -243,7 +245,7 @@ Bytes write_header(std::vector<TensorInfo> const& tensors, Metadata metadata = {
     check_length(text.size() - 8);
   }
   text += '}';
-  std::sort(names.begin(), names.end());
+  detail::sort(names);
   if (auto const twice = std::adjacent_find(names.begin(), names.end()); twice != names.end())
     throw Error{ErrorCode::duplicate_key, detail::tensor_called(*twice) + " would be in one file twice"};
   check_length(text.size() - 8);
@@ -266,6 +268,7 @@ class ShardingReader : public JsonReader<ShardingReader> {
  public:
   ShardingInfo info;
 
+  template <class = Deferred>
   void on_key(std::string const& key) {
     if (depth_ == 1) {
       auto const [entry, fresh] = info.try_emplace(key);
@@ -277,15 +280,18 @@ class ShardingReader : public JsonReader<ShardingReader> {
       if (wanted_ && has_offsets_) fault(ErrorCode::duplicate_key, "DCP_SHARDING_INFO has saved_offsets twice for " + tensor_called(entry_->first));
     }
   }
+  template <class = Deferred>
   void on_open(bool object) {
     if (depth_ == 2 && !wanted_) return skip();   // what later versions may add
     if (object != (depth_ < 2) || depth_ > 2) return fault(ErrorCode::bad_schema, wrong());
     if (depth_ == 2) has_offsets_ = true;
     ++depth_;
   }
+  template <class = Deferred>
   void on_close() {
     if (--depth_ == 1 && !has_offsets_) fault(ErrorCode::bad_schema, wrong());
   }
+  template <class = Deferred>
   void on_scalar(JsonScalar const& scalar) {
     if (depth_ == 2 && !wanted_) return;
     if (depth_ != 3 || scalar.kind != JsonKind::natural) return fault(ErrorCode::bad_schema, wrong());
@@ -295,6 +301,7 @@ class ShardingReader : public JsonReader<ShardingReader> {
   }
 
  private:
+  template <class = Deferred>
   std::string wrong() const {
     return "DCP_SHARDING_INFO is not {\"name\": {\"saved_offsets\": [0, ...]}, ...}" +
            (entry_ == nullptr ? std::string{} : " at " + tensor_called(entry_->first));

@@ -4,6 +4,7 @@
 
 #include <dcp/base/config.hpp>
 #include <dcp/base/error.hpp>
+#include <dcp/base/sort.hpp>
 #include <dcp/core/dtype.hpp>
 #include <dcp/core/shape.hpp>
 #include <dcp/formats/strict_json.hpp>
@@ -56,8 +57,10 @@ class HeaderReader : public JsonReader<HeaderReader> {
   Metadata metadata;   // in the order of the file
 
   std::string_view name(RawTensor const& tensor) const { return std::string_view{names_}.substr(tensor.name_at, tensor.name_bytes); }
+  template <class = Deferred>
   std::span<std::int64_t const> sizes(RawTensor const& tensor) const { return std::span{sizes_}.subspan(tensor.sizes_at, tensor.rank); }
 
+  template <class = Deferred>
   void on_key(std::string const& key) {
     if (place_ == Place::names) {
       in_metadata_ = key == metadata_key;
@@ -77,6 +80,7 @@ class HeaderReader : public JsonReader<HeaderReader> {
     }
   }
 
+  template <class = Deferred>
   void on_open(bool object) {
     switch (place_) {
       case Place::document:
@@ -98,6 +102,7 @@ class HeaderReader : public JsonReader<HeaderReader> {
     }
   }
 
+  template <class = Deferred>
   void on_close() {
     switch (place_) {
       case Place::numbers:
@@ -115,6 +120,7 @@ class HeaderReader : public JsonReader<HeaderReader> {
     }
   }
 
+  template <class = Deferred>
   void on_scalar(JsonScalar const& scalar) {
     auto const kind = [&] { return std::string{to_string(scalar.kind)}; };   // for faults only: this runs for every number
     switch (place_) {
@@ -145,8 +151,10 @@ class HeaderReader : public JsonReader<HeaderReader> {
   enum Field : std::uint8_t { unknown = 0, dtype = 1, shape = 2, offsets = 4 };
 
   char const* field_name() const { return field_ == dtype ? "dtype" : field_ == shape ? "shape" : "data_offsets"; }
+  template <class = Deferred>
   void wrong(std::string const& problem) { fault(ErrorCode::bad_schema, tensor_called(name(tensor_)) + ' ' + problem); }
 
+  template <class = Deferred>
   void start_tensor(std::string const& name) {
     tensor_ = {};
     tensor_.name_at = static_cast<std::uint32_t>(names_.size());   // fits: a header has at most 100,000,000 bytes
@@ -155,12 +163,14 @@ class HeaderReader : public JsonReader<HeaderReader> {
     names_ += name;
     seen_fields_ = 0, offset_count_ = 0;
   }
+  template <class = Deferred>
   void add_size(std::uint64_t size) {
     if (tensor_.rank == max_rank) return fault(ErrorCode::limit, tensor_called(name(tensor_)) + " has more than " + std::to_string(max_rank) + " dimensions");
     ++tensor_.rank;
     tensor_.huge |= size > INT64_MAX;
     sizes_.push_back(static_cast<std::int64_t>(size));
   }
+  template <class = Deferred>
   void add_offset(std::uint64_t offset) {
     if (offset_count_ == 0) tensor_.begin = offset;
     if (offset_count_ == 1) tensor_.end = offset;
@@ -202,7 +212,7 @@ void settle_duplicates(HeaderReader& reader, bool allow) {
     dropped.push_back(keys[i - 1].index);
   }
   if (dropped.empty()) return;
-  std::sort(dropped.begin(), dropped.end());
+  detail::sort(dropped);
   std::size_t kept = 0, next = 0;
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     if (next < dropped.size() && dropped[next] == i) ++next;

@@ -5,6 +5,7 @@
 // Every transfer is all or nothing for the caller: interruptions and short counts are continued here and nowhere else. Paths are
 // kept only for messages.
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
 
@@ -28,14 +29,16 @@ namespace dcp {
 static_assert(sizeof(off_t) == 8, "dcp: file offsets are 64 bits wide; define _FILE_OFFSET_BITS=64 [sizeof(off_t) == 8]");
 
 /// What the system said, as an Error: missing_file for ENOENT, io for the rest.
-inline Error system_failure(int system_error, std::string message, std::string path) {
+template <class = Deferred>
+Error system_failure(int system_error, std::string message, std::string path) {
   Error error{system_error == ENOENT ? ErrorCode::missing_file : ErrorCode::io, std::move(message)};
   error.with_path(std::move(path)).with_errno(system_error);
   return error;
 }
 
 /// The part of a path before its last component, "." for a bare name and "/" for a root. Lexical: no link is followed.
-inline std::string parent_path(std::string_view path) {
+template <class = Deferred>
+std::string parent_path(std::string_view path) {
   while (path.size() > 1 && path.back() == '/') path.remove_suffix(1);
   auto const slash = path.rfind('/');
   if (slash == std::string_view::npos) return ".";
@@ -45,7 +48,8 @@ inline std::string parent_path(std::string_view path) {
 }
 
 /// The last component of a path, empty for a root.
-inline std::string path_name(std::string_view path) {
+template <class = Deferred>
+std::string path_name(std::string_view path) {
   while (!path.empty() && path.back() == '/') path.remove_suffix(1);
   auto const slash = path.rfind('/');
   return std::string{slash == std::string_view::npos ? path : path.substr(slash + 1)};
@@ -111,12 +115,15 @@ class FileHandle {
   }
 
   /// open(2) with O_CLOEXEC; new files get mode 0666 less the umask. Throws missing_file, io.
+  template <class = Deferred>
   static FileHandle open(std::string path, int flags) { return open_at(AT_FDCWD, path, flags, path); }
+  template <class = Deferred>
   static FileHandle open_at(FileHandle const& directory, std::string const& name, int flags) {
     return open_at(directory.descriptor_, name, flags, directory.path_ + "/" + name);
   }
 
   /// A regular file for reading. A FIFO, a device or a directory is refused, without waiting for a writer.
+  template <class = Deferred>
   static FileHandle open_read(std::string path) {
     auto file = open(std::move(path), O_RDONLY | O_NONBLOCK);
     file.require_regular();
@@ -124,12 +131,14 @@ class FileHandle {
   }
 
   /// A file for writing, created if it is not there and never cut. A FIFO that nobody reads is refused, not waited for.
+  template <class = Deferred>
   static FileHandle open_write(std::string path) {
     auto file = open(std::move(path), O_WRONLY | O_CREAT | O_NONBLOCK);
     file.clear_nonblocking();
     return file;
   }
 
+  template <class = Deferred>
   static FileHandle open_directory(std::string path) { return open(std::move(path), O_RDONLY | O_DIRECTORY); }
 
   bool is_open() const noexcept { return descriptor_ >= 0; }
@@ -139,6 +148,7 @@ class FileHandle {
   std::string const& path() const noexcept { return path_; }
 
   /// Fills all of `out` from `offset`. Throws truncated where the file ends first, io.
+  template <class = Deferred>
   void read_at(std::uint64_t offset, ByteSpan out) const {
     auto const step = [&](std::uint64_t done, std::size_t most) { return ::pread(descriptor_, out.data() + done, most, static_cast<off_t>(offset + done)); };
     auto const result = fits(offset, out.size()) ? detail::transfer_all(out.size(), step) : detail::Transfer{0, 0};   // beyond the end of any file
@@ -150,6 +160,7 @@ class FileHandle {
   }
 
   /// Writes all of `bytes` at `offset`. Throws io.
+  template <class = Deferred>
   void write_at(std::uint64_t offset, ConstByteSpan bytes) const {
     auto const step = [&](std::uint64_t done, std::size_t most) { return ::pwrite(descriptor_, bytes.data() + done, most, static_cast<off_t>(offset + done)); };
     auto const result = fits(offset, bytes.size()) ? detail::transfer_all(bytes.size(), step) : detail::Transfer{0, EFBIG};
@@ -157,24 +168,30 @@ class FileHandle {
     if (system_error != 0) throw failure(system_error, "cannot write the file").with_range(offset, offset + bytes.size());
   }
 
+  template <class = Deferred>
   void resize(std::uint64_t size) const {
     if (!fits(size, 0)) throw failure(EFBIG, "cannot set the size of the file");
     require([&] { return ::ftruncate(descriptor_, static_cast<off_t>(size)); }, "cannot set the size of the file");
   }
 
+  template <class = Deferred>
   struct stat status() const {
     struct stat status {};
     require([&] { return ::fstat(descriptor_, &status); }, "cannot look at the file");
     return status;
   }
+  template <class = Deferred>
   std::uint64_t size() const { return static_cast<std::uint64_t>(status().st_size); }
 
   /// Bytes and attributes to stable storage. Not to be repeated after a failure: the kernel may have marked the lost pages clean.
+  template <class = Deferred>
   void sync() const { require([&] { return ::fsync(descriptor_); }, "cannot make the file durable"); }
   /// As sync, without the attributes that no read needs.
+  template <class = Deferred>
   void sync_data() const { require([&] { return ::fdatasync(descriptor_); }, "cannot make the file durable"); }
 
   /// The names in this directory to stable storage.
+  template <class = Deferred>
   void sync_directory() const {
     if (::fsync(descriptor_) == 0) return;
     // Some network and FUSE file systems have no such call: there a name is as durable as the server made it when it was set.
@@ -182,15 +199,18 @@ class FileHandle {
   }
 
   /// Closes and reports what only close knows (quota, space and I/O errors of network file systems).
+  template <class = Deferred>
   void close() {
     if (descriptor_ < 0) return;
     // The descriptor is gone even after EINTR (Linux); what mattered was reported by sync.
     if (::close(std::exchange(descriptor_, -1)) != 0 && errno != EINTR) throw failure(errno, "cannot close the file");
   }
 
+  template <class = Deferred>
   Error failure(int system_error, std::string message) const { return system_failure(system_error, std::move(message), path_); }
 
   /// Refuses everything but a regular file, and makes reads of it wait as usual. Throws io.
+  template <class = Deferred>
   void require_regular() const {
     auto const mode = status().st_mode;
     if (!S_ISREG(mode)) throw failure(S_ISDIR(mode) ? EISDIR : EINVAL, "not a regular file, so it is not read");
@@ -201,6 +221,7 @@ class FileHandle {
   int descriptor_ = -1;
   std::string path_;
 
+  template <class = Deferred>
   static FileHandle open_at(int directory, std::string const& name, int flags, std::string path) {
     for (;;) {
       int const descriptor = ::openat(directory, name.c_str(), flags | O_CLOEXEC, 0666);
@@ -220,6 +241,7 @@ class FileHandle {
       if (errno != EINTR) throw failure(errno, message);
   }
 
+  template <class = Deferred>
   void clear_nonblocking() const {
     int const flags = ::fcntl(descriptor_, F_GETFL);
     if (flags >= 0) ::fcntl(descriptor_, F_SETFL, flags & ~O_NONBLOCK);

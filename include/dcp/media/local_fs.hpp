@@ -5,8 +5,10 @@
 // What makes a name or a byte survive a crash is spelled out in media/medium.hpp; here it is fsync of a file for its bytes and
 // fsync of a directory for its names. Not for mounts of object stores: there a directory is not renamed atomically.
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
+#include <dcp/base/sort.hpp>
 #include <dcp/io/file.hpp>
 #include <dcp/media/local_lease.hpp>
 #include <dcp/media/local_links.hpp>
@@ -34,6 +36,7 @@ namespace dcp {
 
 namespace detail {
 
+template <class = Deferred>
 class LocalWritableFile final : public WritableFile {
  public:
   explicit LocalWritableFile(FileHandle file) : file_{std::move(file)} {}
@@ -46,6 +49,7 @@ class LocalWritableFile final : public WritableFile {
   FileHandle file_;
 };
 
+template <class = Deferred>
 class LocalReadableFile final : public ReadableFile {
  public:
   explicit LocalReadableFile(FileHandle file) : file_{std::move(file)} {}
@@ -62,7 +66,8 @@ class LocalReadableFile final : public ReadableFile {
 };
 
 /// The names in a directory, sorted; none if it is gone.
-inline std::vector<std::string> directory_names(FileHandle const& directory) {
+template <class = Deferred>
+std::vector<std::string> directory_names(FileHandle const& directory) {
   // A descriptor of its own, because closedir closes it and readdir moves its position.
   auto own = FileHandle::open_at(directory, ".", O_RDONLY | O_DIRECTORY);
   std::unique_ptr<DIR, int (*)(DIR*)> const stream{::fdopendir(own.descriptor()), [](DIR* open) { return ::closedir(open); }};
@@ -78,12 +83,13 @@ inline std::vector<std::string> directory_names(FileHandle const& directory) {
     if (name != "." && name != "..") names.push_back(std::move(name));
   }
   if (errno != 0 && errno != ENOENT) throw directory.failure(errno, "cannot list the directory");
-  std::sort(names.begin(), names.end());
+  detail::sort(names);
   return names;
 }
 
 /// What is at `name` in `directory`, with links followed; `path` is for messages.
-inline DirectoryEntry local_entry(int directory, std::string name, std::string const& path) {
+template <class = Deferred>
+DirectoryEntry local_entry(int directory, std::string name, std::string const& path) {
   struct stat status {};
   DirectoryEntry entry{std::move(name), EntryKind::missing, 0};
   if (::fstatat(directory, entry.name.c_str(), &status, 0) == 0) {
@@ -114,10 +120,12 @@ class LocalFs {
   LocalFs() = default;
   explicit LocalFs(Options options) : options_{options} {}
 
+  template <class D = Deferred>
   std::unique_ptr<WritableFile> open_write(std::string const& path) {
-    return retry_visible(options_.visible_within, [&] { return std::make_unique<detail::LocalWritableFile>(FileHandle::open_write(path)); });
+    return retry_visible(options_.visible_within, [&] { return std::make_unique<detail::LocalWritableFile<D>>(FileHandle::open_write(path)); });
   }
 
+  template <class D = Deferred>
   std::unique_ptr<ReadableFile> open_read(std::string const& path) {
     auto const directory = parent_path(path), name = path_name(path);
     bool first = true;
@@ -125,20 +133,24 @@ class LocalFs {
       // Opening the directory makes a network file system ask its server again for names it believes missing.
       if (!std::exchange(first, false)) FileHandle::open_directory(directory);
       bool const plain = !name.empty() && name != "." && name != "..";
-      return std::make_unique<detail::LocalReadableFile>(plain ? open_inside(directory, name, options_.links) : FileHandle::open_read(path));
+      return std::make_unique<detail::LocalReadableFile<D>>(plain ? open_inside(directory, name, options_.links) : FileHandle::open_read(path));
     });
   }
 
+  template <class = Deferred>
   void rename_file(std::string const& from, std::string const& to) {
     if (std::rename(from.c_str(), to.c_str()) != 0) throw system_failure(errno, "cannot rename to " + to, from);
   }
 
+  template <class = Deferred>
   void remove_file(std::string const& path) {
     if (::unlink(path.c_str()) != 0 && errno != ENOENT && errno != ENOTDIR) throw system_failure(errno, "cannot remove the file", path);
   }
 
+  template <class = Deferred>
   EntryKind kind(std::string const& path) { return detail::local_entry(AT_FDCWD, path, path).kind; }
 
+  template <class = Deferred>
   std::vector<DirectoryEntry> list(std::string const& directory) {
     auto const handle = FileHandle::open_directory(directory);
     std::vector<DirectoryEntry> entries;
@@ -149,6 +161,7 @@ class LocalFs {
     return entries;
   }
 
+  template <class = Deferred>
   bool create_directory(std::string const& path) {
     if (::mkdir(path.c_str(), 0777) == 0) return true;
     int const why = errno;
@@ -156,6 +169,7 @@ class LocalFs {
     throw system_failure(why, "cannot create the directory", path);
   }
 
+  template <class = Deferred>
   void create_directories(std::string const& path) {
     if (kind(path) == EntryKind::directory) return;
     auto const parent = parent_path(path);
@@ -165,8 +179,10 @@ class LocalFs {
     sync_directory(parent);
   }
 
+  template <class = Deferred>
   void sync_directory(std::string const& path) { FileHandle::open_directory(path).sync_directory(); }
 
+  template <class = Deferred>
   bool publish_new(std::string const& from, std::string const& to) {
     require_directory(from);
     // For a directory, rename(2) is what is wanted here without RENAME_NOREPLACE, and on more file systems: it replaces nothing
@@ -177,6 +193,7 @@ class LocalFs {
     throw system_failure(why, "cannot rename to " + to, from);
   }
 
+  template <class = Deferred>
   bool exchange_directories(std::string const& a, std::string const& b) {
     require_directory(a);
     require_directory(b);
@@ -187,13 +204,17 @@ class LocalFs {
   }
 
   /// Also takes a file or a link, as such: links are removed, never followed.
+  template <class = Deferred>
   void remove_tree(std::string const& path) { remove_entry(FileHandle{AT_FDCWD, {}}, path, path); }
 
+  template <class = Deferred>
   std::unique_ptr<Lease> acquire_lease(std::string const& path) { return detail::acquire_local_lease(path); }
+  template <class = Deferred>
   std::string resolve_place(std::string const& path) { return detail::resolve_local_place(path); }
 
   /// The file system's preferred unit (a page locally, the transfer size of NFS, the stripe of Lustre), between 4 KiB and 1 MiB.
   /// Machines may mount one directory differently: one rank asks and tells the others.
+  template <class = Deferred>
   std::uint64_t block_bytes(std::string const& directory) {
     // STATX_DIOALIGN would be exact, but is answered for regular files only, and no alignment it gives exceeds this unit.
     auto const unit = static_cast<std::uint64_t>(FileHandle::open_directory(directory).status().st_blksize);
@@ -203,6 +224,7 @@ class LocalFs {
  private:
   Options options_;
 
+  template <class = Deferred>
   static void require_directory(std::string const& path) {
     struct stat status {};
     if (::lstat(path.c_str(), &status) != 0) throw system_failure(errno, "cannot rename the directory", path);
@@ -210,6 +232,7 @@ class LocalFs {
   }
 
   // Others may remove the same tree, or still add to it: what is gone is fine, what is new gets another round.
+  template <class = Deferred>
   static void remove_entry(FileHandle const& above, std::string const& name, std::string const& path) {
     constexpr int rounds = 100;
     for (int round = 0;; ++round) {

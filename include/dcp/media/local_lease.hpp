@@ -6,6 +6,7 @@
 // system may keep locks to each client, so a lease of another machine also counts as held while its modification time is young.
 // Clocks of machines may differ by minutes; the age limit is far larger.
 
+#include <dcp/base/config.hpp>
 #include <dcp/io/file.hpp>
 #include <dcp/media/medium.hpp>
 
@@ -36,8 +37,10 @@ struct LeaseHolder {
   std::string host, boot;
   long process = 0;
 
+  template <class = Deferred>
   std::string text() const { return host + " " + std::to_string(process) + " " + boot + "\n"; }
 
+  template <class = Deferred>
   static LeaseHolder self() {
     std::array<char, 256> name{};
     ::gethostname(name.data(), name.size() - 1);
@@ -47,6 +50,7 @@ struct LeaseHolder {
     return me;
   }
 
+  template <class = Deferred>
   static bool parse(std::string const& text, LeaseHolder& holder) {
     std::istringstream in{text};
     return static_cast<bool>(in >> holder.host >> holder.process >> holder.boot);
@@ -54,7 +58,8 @@ struct LeaseHolder {
 };
 
 /// Whether the holder that the file names counts as alive to someone who got the lock (or, without `locks`, to anyone).
-inline bool lease_is_alive(FileHandle const& file, bool locks) {
+template <class = Deferred>
+bool lease_is_alive(FileHandle const& file, bool locks) {
   auto const status = file.status();
   std::string text(static_cast<std::size_t>(std::min<off_t>(status.st_size, 512)), '\0');
   file.read_at(0, std::as_writable_bytes(std::span{text}));
@@ -70,6 +75,7 @@ inline bool lease_is_alive(FileHandle const& file, bool locks) {
   return young && !gone;
 }
 
+template <class = Deferred>
 class LocalLease final : public Lease {
  public:
   explicit LocalLease(FileHandle file, std::chrono::milliseconds interval = lease_heartbeat) : file_{std::move(file)}, interval_{interval} {}
@@ -101,7 +107,8 @@ class LocalLease final : public Lease {
 };
 
 /// The lease on an open lease file, or nullptr: then `replaced` says that the file has lost its name, and another try may succeed.
-inline std::unique_ptr<Lease> take_lease(FileHandle file, bool& replaced) {
+template <class D = Deferred>
+std::unique_ptr<Lease> take_lease(FileHandle file, bool& replaced) {
   replaced = false;
   bool locks = true;
   while (::flock(file.descriptor(), LOCK_EX | LOCK_NB) != 0) {
@@ -121,11 +128,12 @@ inline std::unique_ptr<Lease> take_lease(FileHandle file, bool& replaced) {
   file.resize(0);
   file.write_at(0, as_byte_span(text));
   file.sync();
-  return std::make_unique<LocalLease>(std::move(file));
+  return std::make_unique<LocalLease<D>>(std::move(file));
 }
 
 /// See AnyMedium::acquire_lease.
-inline std::unique_ptr<Lease> acquire_local_lease(std::string const& path) {
+template <class = Deferred>
+std::unique_ptr<Lease> acquire_local_lease(std::string const& path) {
   constexpr int rounds = 100;
   for (int round = 0;; ++round) {
     auto file = FileHandle::open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK);

@@ -5,6 +5,7 @@
 // A checkpoint from elsewhere may hold a link to any file of the machine, and a load would then deliver its bytes. The Hugging
 // Face cache, however, consists of links: snapshots/<revision>/<name> -> ../../blobs/<hash>.
 
+#include <dcp/base/config.hpp>
 #include <dcp/io/file.hpp>
 
 #include <algorithm>
@@ -26,18 +27,21 @@ enum class LinkPolicy : std::uint8_t {
 namespace detail {
 
 /// The path without links, or "" with errno set.
-inline std::string real_path(std::string const& path) {
+template <class = Deferred>
+std::string real_path(std::string const& path) {
   std::unique_ptr<char, decltype(&std::free)> const real{::realpath(path.c_str(), nullptr), &std::free};
   return real ? std::string{real.get()} : std::string{};
 }
 
-inline bool is_inside(std::string_view path, std::string_view directory) {
+template <class = Deferred>
+bool is_inside(std::string_view path, std::string_view directory) {
   return directory == "/" || (path.size() > directory.size() && path.starts_with(directory) && path[directory.size()] == '/');
 }
 
 /// Whether `target` is a blob of the cached repository that `directory` is a snapshot of (or a folder in a snapshot).
 /// Source  huggingface_hub, "Understand caching": <repository>/snapshots/<revision>/..., <repository>/blobs/<hash>
-inline bool is_cache_blob(std::string_view directory, std::string_view target) {
+template <class = Deferred>
+bool is_cache_blob(std::string_view directory, std::string_view target) {
   constexpr std::string_view snapshots = "/snapshots/";
   auto const at = directory.rfind(snapshots);
   if (at == std::string_view::npos) return false;
@@ -45,7 +49,8 @@ inline bool is_cache_blob(std::string_view directory, std::string_view target) {
   return is_inside(target, blobs) && target.find('/', blobs.size() + 1) == std::string_view::npos;
 }
 
-inline std::vector<std::string> checked_components(std::string const& directory, std::string const& name) {
+template <class = Deferred>
+std::vector<std::string> checked_components(std::string const& directory, std::string const& name) {
   std::vector<std::string> components;
   for (std::size_t begin = 0; begin <= name.size();) {
     auto const end = std::min(name.find('/', begin), name.size());
@@ -64,7 +69,8 @@ inline std::vector<std::string> checked_components(std::string const& directory,
 ///
 /// Throws    unsafe_path for a name or a link that leaves the directory against `policy`; missing_file, also for a link to nothing;
 ///           io for loops and for what is no regular file
-inline FileHandle open_inside(std::string const& directory, std::string const& name, LinkPolicy policy = LinkPolicy::cache) {
+template <class = Deferred>
+FileHandle open_inside(std::string const& directory, std::string const& name, LinkPolicy policy = LinkPolicy::cache) {
   auto const components = detail::checked_components(directory, name);
   auto const path = directory + "/" + name;
   if (policy == LinkPolicy::follow) return FileHandle::open_read(path);

@@ -2,6 +2,7 @@
 #pragma once
 // Places of checkpoints in the file system: what a user's path means, and whether a directory there can be replaced as a whole.
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/error.hpp>
 #include <dcp/io/file.hpp>
 #include <dcp/media/local_links.hpp>
@@ -19,14 +20,16 @@
 
 namespace dcp::detail {
 
-inline Error bad_place(std::string const& path, std::string message) {
+template <class = Deferred>
+Error bad_place(std::string const& path, std::string message) {
   Error error{ErrorCode::invalid_argument, std::move(message)};
   error.with_path(path).with_hint("name a directory of its own for the checkpoint");
   return error;
 }
 
 /// `path` absolute and without links; what does not exist yet is appended to the real path of what does.
-inline std::string resolved_path(std::string const& path, int links_left = 40) {
+template <class = Deferred>
+std::string resolved_path(std::string const& path, int links_left = 40) {
   if (auto real = real_path(path); !real.empty()) return real;
   if (errno != ENOENT) throw system_failure(errno, "cannot resolve the path", path);
 
@@ -45,7 +48,8 @@ inline std::string resolved_path(std::string const& path, int links_left = 40) {
 }
 
 /// Whether something is mounted at `path` (absolute, without links). Bind mounts have the device of their source, so st_dev is not enough.
-inline bool is_mount_point(std::string const& path) {
+template <class = Deferred>
+bool is_mount_point(std::string const& path) {
   struct stat here {}, above {};
   if (::lstat(path.c_str(), &here) != 0) return false;
   if (::lstat(parent_path(path).c_str(), &above) == 0 && here.st_dev != above.st_dev) return true;
@@ -71,7 +75,8 @@ inline bool is_mount_point(std::string const& path) {
 }
 
 /// See AnyMedium::resolve_place.
-inline std::string resolve_local_place(std::string const& path) {
+template <class = Deferred>
+std::string resolve_local_place(std::string const& path) {
   if (path.empty()) throw bad_place(path, "the place of a checkpoint is an empty path");
   if (path.find('\0') != std::string::npos) throw bad_place(path, "the place of a checkpoint contains a zero byte");
   auto const name = path_name(path);

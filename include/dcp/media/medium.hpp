@@ -8,6 +8,7 @@
 //   3. rename_file replaces the target atomically: a reader sees the old file or the new one;
 //   4. publish_new and exchange_directories are atomic in the same sense for whole directories.
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
 
@@ -211,7 +212,8 @@ class MediumModel final : public AnyMedium {
 // Helpers over any medium.
 
 /// The whole of a small file. Throws Error(limit) if it is larger than `most`, before reading it.
-inline Bytes read_file(AnyMedium& medium, std::string const& path, std::uint64_t most) {
+template <class = Deferred>
+Bytes read_file(AnyMedium& medium, std::string const& path, std::uint64_t most) {
   auto const file = medium.open_read(path);
   auto const size = file->size();
   if (size > most) throw Error{ErrorCode::limit, "a file of " + std::to_string(size) + " bytes, over the limit of " + std::to_string(most)}.with_path(path);
@@ -221,7 +223,8 @@ inline Bytes read_file(AnyMedium& medium, std::string const& path, std::uint64_t
 }
 
 /// Writes a small file durably under its final name: temporary name, sync, rename, sync of the directory.
-inline void write_file_durably(AnyMedium& medium, std::string const& directory, std::string const& name, ConstByteSpan bytes) {
+template <class = Deferred>
+void write_file_durably(AnyMedium& medium, std::string const& directory, std::string const& name, ConstByteSpan bytes) {
   auto const path = directory + "/" + name, temporary = path + ".tmp";
   medium.remove_file(temporary);
   auto const file = medium.open_write(temporary);

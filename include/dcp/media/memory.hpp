@@ -5,6 +5,7 @@
 // There is one root "/" that always exists; "a/b" and "/a/b" are the same name. Nothing survives the process, so sync only checks
 // its arguments. Errors carry the errno that a file system would give.
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
 #include <dcp/media/medium.hpp>
@@ -24,14 +25,16 @@ namespace dcp {
 
 namespace detail {
 
-inline Error memory_failure(int system_error, std::string const& path) {
+template <class = Deferred>
+Error memory_failure(int system_error, std::string const& path) {
   Error error{system_error == ENOENT ? ErrorCode::missing_file : ErrorCode::io, "the operation is not possible on this path"};
   error.with_path(path).with_errno(system_error);
   return error;
 }
 
 /// The components of a path from the root.
-inline std::vector<std::string> memory_path(std::string const& path) {
+template <class = Deferred>
+std::vector<std::string> memory_path(std::string const& path) {
   std::vector<std::string> result;
   for (std::size_t begin = 0; begin < path.size();) {
     auto const end = std::min(path.find('/', begin), path.size());
@@ -43,7 +46,8 @@ inline std::vector<std::string> memory_path(std::string const& path) {
   return result;
 }
 
-inline bool memory_is_inside(std::string const& path, std::string const& directory) {
+template <class = Deferred>
+bool memory_is_inside(std::string const& path, std::string const& directory) {
   auto const inner = memory_path(path), outer = memory_path(directory);
   return inner.size() > outer.size() && std::equal(outer.begin(), outer.end(), inner.begin());
 }
@@ -61,9 +65,13 @@ using MemoryNodePtr = std::shared_ptr<MemoryNode>;
 /// The tree; every function is called with `mutex` held.
 struct MemoryStore {
   std::mutex mutex;
-  MemoryNodePtr root = std::make_shared<MemoryNode>(MemoryNode{true, {}, {}, {}});
+  MemoryNodePtr root;
+
+  template <class = Deferred>
+  MemoryStore() : root{std::make_shared<MemoryNode>(MemoryNode{true, {}, {}, {}})} {}
 
   /// The node at `path`, null if there is none.
+  template <class = Deferred>
   MemoryNodePtr find(std::string const& path) const {
     auto node = root;
     for (auto const& name : memory_path(path)) {
@@ -75,6 +83,7 @@ struct MemoryStore {
   }
 
   /// The directory that `path` is in, which must be there.
+  template <class = Deferred>
   MemoryNodePtr parent(std::string const& path) const {
     auto const names = memory_path(path);
     if (names.empty()) throw memory_failure(EBUSY, path);   // the root is in no directory
@@ -89,8 +98,10 @@ struct MemoryStore {
   }
 
   /// Where the node of `path` is kept: null if there is none yet, and then the caller puts one there.
+  template <class = Deferred>
   MemoryNodePtr& slot(std::string const& path) const { return parent(path)->entries[memory_path(path).back()]; }
 
+  template <class = Deferred>
   MemoryNodePtr existing(std::string const& path) const {
     auto node = find(path);
     if (node) return node;
@@ -98,22 +109,26 @@ struct MemoryStore {
     throw memory_failure(ENOENT, path);
   }
 
+  template <class = Deferred>
   MemoryNodePtr existing_directory(std::string const& path) const {
     auto node = existing(path);
     if (!node->is_directory) throw memory_failure(ENOTDIR, path);
     return node;
   }
 
+  template <class = Deferred>
   void erase(std::string const& path) const { parent(path)->entries.erase(memory_path(path).back()); }
 };
 
-inline MemoryNodePtr copy_of(MemoryNode const& node) {
+template <class = Deferred>
+MemoryNodePtr copy_of(MemoryNode const& node) {
   auto result = std::make_shared<MemoryNode>(MemoryNode{node.is_directory, node.bytes, {}, {}});
   for (auto const& [name, child] : node.entries) result->entries[name] = copy_of(*child);
   return result;
 }
 
 // Files outlive their names, as on a file system: an open file keeps its node.
+template <class = Deferred>
 class MemoryWritableFile final : public WritableFile {
  public:
   MemoryWritableFile(std::shared_ptr<MemoryStore> store, MemoryNodePtr node, std::string path)
@@ -154,6 +169,7 @@ class MemoryWritableFile final : public WritableFile {
   }
 };
 
+template <class = Deferred>
 class MemoryReadableFile final : public ReadableFile {
  public:
   MemoryReadableFile(std::shared_ptr<MemoryStore> store, MemoryNodePtr node, std::string path)
@@ -178,6 +194,7 @@ class MemoryReadableFile final : public ReadableFile {
   std::string path_;
 };
 
+template <class = Deferred>
 class MemoryLease final : public Lease {
  public:
   /// Called with the lock of the store held.
@@ -207,21 +224,27 @@ class Memory {
   static constexpr bool renames_directories = true;
   static constexpr bool shared_by_ranks = false;
 
+  template <class = Deferred>
+  Memory() : store_{std::make_shared<detail::MemoryStore>()} {}
+
+  template <class D = Deferred>
   std::unique_ptr<WritableFile> open_write(std::string const& path) {
     std::lock_guard const lock{store_->mutex};
     auto& node = store_->slot(path);
     if (!node) node = std::make_shared<detail::MemoryNode>();
     if (node->is_directory) throw detail::memory_failure(EISDIR, path);
-    return std::make_unique<detail::MemoryWritableFile>(store_, node, path);
+    return std::make_unique<detail::MemoryWritableFile<D>>(store_, node, path);
   }
 
+  template <class D = Deferred>
   std::unique_ptr<ReadableFile> open_read(std::string const& path) {
     std::lock_guard const lock{store_->mutex};
     auto const node = store_->existing(path);
     if (node->is_directory) throw detail::memory_failure(EISDIR, path);
-    return std::make_unique<detail::MemoryReadableFile>(store_, node, path);
+    return std::make_unique<detail::MemoryReadableFile<D>>(store_, node, path);
   }
 
+  template <class = Deferred>
   void rename_file(std::string const& from, std::string const& to) {
     std::lock_guard const lock{store_->mutex};
     auto const node = store_->existing(from);
@@ -233,6 +256,7 @@ class Memory {
     store_->erase(from);
   }
 
+  template <class = Deferred>
   void remove_file(std::string const& path) {
     std::lock_guard const lock{store_->mutex};
     auto const node = store_->find(path);
@@ -240,12 +264,14 @@ class Memory {
     if (node) store_->erase(path);
   }
 
+  template <class = Deferred>
   EntryKind kind(std::string const& path) {
     std::lock_guard const lock{store_->mutex};
     auto const node = store_->find(path);
     return node ? node->kind() : EntryKind::missing;
   }
 
+  template <class = Deferred>
   std::vector<DirectoryEntry> list(std::string const& directory) {
     std::lock_guard const lock{store_->mutex};
     std::vector<DirectoryEntry> entries;
@@ -254,6 +280,7 @@ class Memory {
     return entries;
   }
 
+  template <class = Deferred>
   bool create_directory(std::string const& path) {
     std::lock_guard const lock{store_->mutex};
     if (detail::memory_path(path).empty()) return false;
@@ -265,16 +292,19 @@ class Memory {
     return true;
   }
 
+  template <class = Deferred>
   void create_directories(std::string const& path) {
     std::string so_far;
     for (auto const& component : detail::memory_path(path)) create_directory(so_far += "/" + component);
   }
 
+  template <class = Deferred>
   void sync_directory(std::string const& path) {
     std::lock_guard const lock{store_->mutex};
     store_->existing_directory(path);
   }
 
+  template <class = Deferred>
   bool publish_new(std::string const& from, std::string const& to) {
     std::lock_guard const lock{store_->mutex};
     auto const node = store_->existing_directory(from);
@@ -287,6 +317,7 @@ class Memory {
     return true;
   }
 
+  template <class = Deferred>
   bool exchange_directories(std::string const& a, std::string const& b) {
     std::lock_guard const lock{store_->mutex};
     store_->existing_directory(a);
@@ -296,20 +327,23 @@ class Memory {
     return true;
   }
 
+  template <class = Deferred>
   void remove_tree(std::string const& path) {
     std::lock_guard const lock{store_->mutex};
     if (store_->find(path)) store_->erase(path);
   }
 
+  template <class D = Deferred>
   std::unique_ptr<Lease> acquire_lease(std::string const& path) {
     std::lock_guard const lock{store_->mutex};
     auto& node = store_->slot(path);
     if (!node) node = std::make_shared<detail::MemoryNode>();
     if (node->is_directory) throw detail::memory_failure(EISDIR, path);
     if (!node->holder.expired()) return nullptr;
-    return std::make_unique<detail::MemoryLease>(store_, node, path);
+    return std::make_unique<detail::MemoryLease<D>>(store_, node, path);
   }
 
+  template <class = Deferred>
   std::string resolve_place(std::string const& path) {
     auto const last = path.substr(std::min(path.size(), path.find_last_of('/') + 1));
     if (detail::memory_path(path).empty() || last == "." || last == "..")
@@ -319,12 +353,14 @@ class Memory {
     return place;
   }
 
+  template <class = Deferred>
   std::uint64_t block_bytes(std::string const& directory) {
     sync_directory(directory);
     return 4096;
   }
 
   /// A store of its own with the same directories and files; what is open or leased here is not so there.
+  template <class = Deferred>
   Memory copy() const {
     std::lock_guard const lock{store_->mutex};
     Memory result;
@@ -333,7 +369,7 @@ class Memory {
   }
 
  private:
-  std::shared_ptr<detail::MemoryStore> store_ = std::make_shared<detail::MemoryStore>();
+  std::shared_ptr<detail::MemoryStore> store_;
 };
 
 static_assert(Medium<Memory>);

@@ -3,6 +3,7 @@
 // What a checkpoint holds, whatever its format: tensors as boxes in files, values, tied names.
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/sort.hpp>
 #include <dcp/core/box.hpp>
 #include <dcp/core/dtype.hpp>
 #include <dcp/core/value.hpp>
@@ -61,15 +62,18 @@ struct Catalog {
   std::vector<std::string> duplicates;                     // pieces stored twice, in words
   std::vector<std::string> warnings;
 
+  template <class = Deferred>
   CatalogTensor const* find_tensor(std::string_view name) const {
-    auto const at = std::lower_bound(tensors.begin(), tensors.end(), name, [](CatalogTensor const& t, std::string_view n) { return t.name < n; });
+    auto const at = std::lower_bound(tensors.begin(), tensors.end(), name, [](auto const& t, std::string_view n) { return t.name < n; });
     return at != tensors.end() && at->name == name ? &*at : nullptr;
   }
+  template <class = Deferred>
   Value const* find_value(std::string_view name) const {
     auto const at = std::lower_bound(values.begin(), values.end(), name, [](auto const& v, std::string_view n) { return v.first < n; });
     return at != values.end() && at->first == name ? &at->second : nullptr;
   }
   /// The name under which `name` is stored: itself, or what it is tied to.
+  template <class = Deferred>
   std::string const& stored_name(std::string const& name) const {
     auto const at = std::lower_bound(ties.begin(), ties.end(), name, [](Tie const& t, std::string const& n) { return t.dropped < n; });
     return at != ties.end() && at->dropped == name ? at->kept : name;
@@ -117,7 +121,8 @@ struct ByBox {
   }
 };
 
-inline bool countable(Extents const& shape) {
+template <class = Deferred>
+bool countable(Extents const& shape) {
   std::uint64_t product = 1;
   return std::all_of(shape.begin(), shape.end(), [&](std::int64_t size) {
     return checked_multiply(product, static_cast<std::uint64_t>(std::max<std::int64_t>(1, size)), product) && product <= INT64_MAX;
@@ -160,7 +165,7 @@ bool any_overlap(std::vector<StoredPiece> const& pieces, Extents const& shape) {
   for (int d = 0; d < shape.rank(); ++d) {
     std::vector<std::int64_t> starts;
     for (auto const& piece : pieces) starts.push_back(piece.box.origin[d]);
-    std::sort(starts.begin(), starts.end());
+    detail::sort(starts);
     auto const distinct = static_cast<std::int64_t>(std::unique(starts.begin(), starts.end()) - starts.begin());
     if (distinct > most) most = distinct, widest = d;
   }
@@ -202,7 +207,7 @@ Catalog assemble(std::vector<FoundFile> found) {
     catalog.ties.insert(catalog.ties.end(), found[f].ties.begin(), found[f].ties.end());
   }
   std::stable_sort(all.begin(), all.end(), [](Reference const& a, Reference const& b) { return a.tensor->name < b.tensor->name; });
-  std::sort(catalog.ties.begin(), catalog.ties.end());
+  detail::sort(catalog.ties);
   catalog.ties.erase(std::unique(catalog.ties.begin(), catalog.ties.end()), catalog.ties.end());
   Problems problems;
   auto const where = [&](Reference const& r) { return found[r.file].path; };

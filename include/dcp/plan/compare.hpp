@@ -3,6 +3,7 @@
 // What a state wants against what a checkpoint holds: every difference found before anything is read.
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/sort.hpp>
 #include <dcp/core/cast.hpp>
 #include <dcp/plan/catalog.hpp>
 #include <dcp/plan/schema.hpp>
@@ -182,7 +183,7 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
     }
     wanted.stored = stored;
   }
-  std::sort(used.begin(), used.end());
+  detail::sort(used);
   for (auto const& tensor : catalog.tensors) {
     if (std::binary_search(used.begin(), used.end(), &tensor)) continue;
     if (policy_of(tensor.name).allow_unexpected) result.unexpected.push_back(tensor.name);

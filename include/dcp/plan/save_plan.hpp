@@ -13,6 +13,7 @@
 //     rank sends its runs to the segment's owner: many short writes become a few long ones;
 //   - in jobs of more ranks than may open one file, segments go around that many ranks.
 
+#include <dcp/base/config.hpp>
 #include <dcp/plan/shares.hpp>
 #include <dcp/plan/transfer_index.hpp>
 
@@ -75,6 +76,7 @@ class SavePlan {
   };
 
   /// `transfers`: what `rank` holds of the stored boxes (its shares), in any order.
+  template <class = Deferred>
   SavePlan(std::vector<TensorSpec> const& tensors, Shares const& shares, FilePlan const& files, std::vector<Transfer> transfers, std::int64_t rank, std::int64_t ranks, Options options)
       : tensors_{tensors}, shares_{shares}, files_{files}, rank_{rank}, ranks_{ranks}, options_{options} {
     for (std::uint32_t f = 0; f < files.files.size(); ++f) {
@@ -102,6 +104,7 @@ class SavePlan {
   std::vector<PlannedFile> const& files() const { return files_.files; }
 
   /// The rank that writes the block with `position` of file `file`.
+  template <class = Deferred>
   std::int64_t owner_of(std::uint32_t file, std::uint64_t position) const {
     if (files_.files[file].only_rank >= 0) return files_.files[file].only_rank;
     position = round_down(position, options_.block_bytes);
@@ -120,6 +123,7 @@ class SavePlan {
   }
 
   /// What this rank does in [begin, end) of a file: both multiples of the block size, or the end of the file.
+  template <class = Deferred>
   Window window(std::uint32_t file, std::uint64_t begin, std::uint64_t end) const {
     Window result;
     std::vector<FileRange> covered, owned;
@@ -176,20 +180,24 @@ class SavePlan {
   }
 
   /// Copies what this rank holds of [begin, end) of a file to `out`. Returns the number of bytes.
+  template <class = Deferred>
   std::uint64_t gather(std::uint32_t file, std::uint64_t begin, std::uint64_t end, std::byte* out) const {
     std::uint64_t total = 0;
     index_.for_each_touching(file, {begin, end}, [&](std::uint32_t t, std::int64_t, std::int64_t) { total += index_.gather(t, {begin, end}, out); });
     return total;
   }
+  template <class = Deferred>
   std::uint64_t gather_transfer(std::uint32_t t, FileRange range, std::byte* out) const { return index_.gather(t, range, out); }
 
  private:
   static constexpr std::size_t no_box = static_cast<std::size_t>(-1);
 
+  template <class = Deferred>
   static void add_range(std::vector<FileRange>& list, FileRange range) {
     if (!list.empty() && list.back().end >= range.begin && list.back().begin <= range.begin) list.back().end = std::max(list.back().end, range.end);
     else list.push_back(range);
   }
+  template <class = Deferred>
   static std::vector<FileRange> merged(std::vector<FileRange> const& sorted) {
     std::vector<FileRange> result;
     for (auto const& range : sorted) add_range(result, range);
@@ -201,6 +209,7 @@ class SavePlan {
     return {stored.offset, stored.offset + bytes_of(tensors_[stored.tensor].dtype, static_cast<std::int64_t>(stored.box.size()))};
   }
   // The first stored box of the file whose bytes reach beyond `position`.
+  template <class = Deferred>
   std::size_t first_stored(std::uint32_t file, std::uint64_t position) const {
     auto const at = std::partition_point(files_.stored.begin(), files_.stored.end(), [&](StoredBox const& s) {
       if (s.file != file) return s.file < file;
@@ -209,12 +218,14 @@ class SavePlan {
     return static_cast<std::size_t>(at - files_.stored.begin());
   }
   // The stored box that holds the byte at `position`; no_box in front of the first.
+  template <class = Deferred>
   std::size_t stored_at(std::uint32_t file, std::uint64_t position) const {
     std::size_t const s = first_stored(file, position);
     if (s == files_.stored.size() || files_.stored[s].file != file || files_.stored[s].offset > position) return no_box;
     return s;
   }
 
+  template <class = Deferred>
   bool lies_in_long_runs(StoredBox const& stored) const {
     if (ranks_ > options_.writers_per_file) return false;
     if (ranks_ == 1) return true;
@@ -233,11 +244,13 @@ class SavePlan {
   }
   // Whole blocks: a stripe need not divide 1 MiB.
   std::uint64_t segment_size() const { return round_up(ranks_ > options_.writers_per_file ? options_.forwarded_bytes : options_.segment_bytes, options_.block_bytes); }
+  template <class = Deferred>
   std::int64_t segment_owner(std::uint32_t file, std::uint64_t position) const {
     std::int64_t const count = writers(file), segment = static_cast<std::int64_t>(position / segment_size()) % count;
     return (segment * ranks_ / count + static_cast<std::int64_t>(file)) % ranks_;
   }
   // How far from `at` the owner cannot change, within a run of this rank.
+  template <class = Deferred>
   std::uint64_t end_of_same_owner(std::uint32_t file, std::uint64_t at, FileRange run) const {
     if (files_.files[file].only_rank >= 0) return run.end;
     std::uint64_t const block = options_.block_bytes, block_begin = round_down(at, block);
@@ -249,6 +262,7 @@ class SavePlan {
     return std::min(round_down(at, segment) + segment, std::max(at + block, round_up(stored_range(s).end, block)));
   }
   // The blocks that begin inside a stored box of short runs belong to the owners of its segments.
+  template <class = Deferred>
   void own_segments(std::uint32_t file, FileRange stored, std::uint64_t begin, std::uint64_t end, std::vector<FileRange>& owned) const {
     std::uint64_t const block = options_.block_bytes, segment = segment_size(), size = files_.files[file].size;
     std::uint64_t const from = std::max(begin, round_up(stored.begin, block)), to = std::min(end, round_up(stored.end, block));

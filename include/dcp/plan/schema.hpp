@@ -4,6 +4,7 @@
 
 #include <dcp/base/config.hpp>
 #include <dcp/base/checksum.hpp>
+#include <dcp/base/sort.hpp>
 #include <dcp/core/state_dict.hpp>
 #include <dcp/plan/shares.hpp>
 
@@ -18,6 +19,7 @@ namespace dcp {
 /// Several problems as one error: the code of the first, all of the sentences.
 class Problems {
  public:
+  template <class = Deferred>
   void add(ErrorCode code, std::string sentence) {
     if (count_++ == 0) code_ = code;
     if (count_ <= most_listed) text_ += (text_.empty() ? "" : "\n  also      ") + std::move(sentence);
@@ -26,6 +28,7 @@ class Problems {
     if (hint_.empty()) hint_ = std::move(text);
   }
   bool empty() const { return count_ == 0; }
+  template <class = Deferred>
   void raise() const {
     if (count_ == 0) return;
     Error error{code_, count_ <= most_listed ? text_ : text_ + "\n  also      " + std::to_string(count_ - most_listed) + " more"};
@@ -63,8 +66,9 @@ struct Schema {
   std::vector<SchemaEntry> entries;   // sorted by name
   std::vector<Tie> ties;              // sorted
 
+  template <class = Deferred>
   SchemaEntry const* find(std::string_view name) const {
-    auto const at = std::lower_bound(entries.begin(), entries.end(), name, [](SchemaEntry const& e, std::string_view n) { return e.name < n; });
+    auto const at = std::lower_bound(entries.begin(), entries.end(), name, [](auto const& e, std::string_view n) { return e.name < n; });
     return at != entries.end() && at->name == name ? &*at : nullptr;
   }
 };
@@ -199,7 +203,7 @@ Schema merge_schemas(std::vector<Schema> parts, std::vector<std::int64_t> const&
   }
   std::stable_sort(all.entries.begin(), all.entries.end(),
                    [](SchemaEntry const& a, SchemaEntry const& b) { return a.name != b.name ? a.name < b.name : a.first_rank < b.first_rank; });
-  std::sort(all.ties.begin(), all.ties.end());
+  detail::sort(all.ties);
   all.ties.erase(std::unique(all.ties.begin(), all.ties.end()), all.ties.end());
   Problems problems;
   auto const both = [](SchemaEntry const& a, SchemaEntry const& b) { return " on rank " + std::to_string(a.first_rank) + " and on rank " + std::to_string(b.first_rank); };

@@ -8,6 +8,8 @@
 // cut that line into one interval each. The lengths are found by filling up the least loaded replicas first, groups with few
 // replicas (least freedom) before groups with many.
 
+#include <dcp/base/config.hpp>
+#include <dcp/base/sort.hpp>
 #include <dcp/core/layout.hpp>
 #include <dcp/plan/transfer.hpp>
 
@@ -41,6 +43,7 @@ class Shares {
   // enough that rounding stays within the 1 MiB of the law, large enough that each piece is one good write.
   static constexpr std::int64_t grain_bytes = 3 << 16;
 
+  template <class = Deferred>
   Shares(std::vector<TensorSpec> const& tensors, std::int64_t ranks) : loads_(static_cast<std::size_t>(ranks), 0), place_(tensors.size()) {
     std::map<Key, std::size_t> known;
     for (std::size_t t = 0; t < tensors.size(); ++t) {
@@ -56,6 +59,7 @@ class Shares {
   }
 
   /// What the rank at `coordinate` writes of tensor `t`.
+  template <class = Deferred>
   CellRange range_of(std::size_t t, MeshGeometry::Coordinate const& coordinate) const {
     auto const& [g, index] = place_[t];
     Group const& group = groups_[g];
@@ -67,6 +71,7 @@ class Shares {
   }
 
   /// The rank that writes the element at `index` of tensor `t`.
+  template <class = Deferred>
   std::int64_t writer_of(std::size_t t, Extents const& index) const {
     auto const& [g, position] = place_[t];
     Group const& group = groups_[g];
@@ -101,7 +106,9 @@ class Shares {
   struct Key {
     Layout layout;
     DType dtype;
+    template <class = Deferred>
     friend bool operator<(Key const& a, Key const& b) { return a.tuple() < b.tuple(); }
+    template <class = Deferred>
     std::array<std::int64_t, 4 + 2 * max_rank + 2 * max_axes + max_axes> tuple() const {
       std::array<std::int64_t, 4 + 2 * max_rank + 2 * max_axes + max_axes> key{};
       std::size_t at = 0;
@@ -120,8 +127,10 @@ class Shares {
     }
   };
 
+  template <class = Deferred>
   static std::int64_t const* cuts_of_cell(Group const& group, std::int64_t cell) { return group.cuts.data() + cell * (replicas(group.layout) + 1); }
 
+  template <class = Deferred>
   void fill(Group& group) {
     std::int64_t const count = cells(group.layout), copies = replicas(group.layout);
     group.cell_bytes.resize(static_cast<std::size_t>(count));
@@ -148,12 +157,13 @@ class Shares {
   }
 
   // The level to which the least loaded of `ranks` can be filled with `bytes`: sum over ranks of max(0, level - load) >= bytes.
+  template <class = Deferred>
   std::int64_t level_that_holds(std::vector<std::size_t> const& ranks, std::int64_t bytes) const {
     if (ranks.size() == 1) return loads_[ranks[0]] + bytes;
     std::vector<std::int64_t> sorted;
     sorted.reserve(ranks.size());
     for (auto const rank : ranks) sorted.push_back(loads_[rank]);
-    std::sort(sorted.begin(), sorted.end());
+    detail::sort(sorted);
     std::int64_t sum = 0;
     for (std::size_t i = 0; i < sorted.size(); ++i) {
       sum += sorted[i];

@@ -3,6 +3,7 @@
 // Tensors that share memory: the same memory under two names is one tensor (tied weights); memory that overlaps otherwise is a mistake.
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/sort.hpp>
 #include <dcp/plan/schema.hpp>
 
 #include <algorithm>
@@ -53,7 +54,7 @@ bool runs_meet(LocalMemory const& a, LocalMemory const& b) {
       auto const begin = reinterpret_cast<std::uintptr_t>(tensor.memory.data) + bytes_of(tensor.dtype, at);
       list.emplace_back(begin, begin + bytes_of(tensor.dtype, length));
     });
-    std::sort(list.begin(), list.end());
+    detail::sort(list);
     return list;
   };
   auto const first = runs(a), second = runs(b);
@@ -91,7 +92,7 @@ std::vector<Tie> find_ties(StateDict const& state, std::int64_t rank) {
     if (!tied) open.push_back(&part);
   }
   problems.raise();
-  std::sort(ties.begin(), ties.end());
+  detail::sort(ties);
   return ties;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 // The unit of planned I/O: a box of a tensor that lies in local memory with one set of strides and in a file with another.
 
+#include <dcp/base/config.hpp>
 #include <dcp/base/error.hpp>
 #include <dcp/core/box.hpp>
 #include <dcp/core/dtype.hpp>
@@ -36,6 +37,7 @@ struct Transfer {
   std::uint64_t bytes() const { return bytes_of(dtype, end - begin); }
 
   /// File position just before element `element`.
+  template <class = Deferred>
   std::uint64_t position_of(std::int64_t element) const {
     std::int64_t at = 0;
     for (int d = shape.rank(); d-- > 0;) {
@@ -50,6 +52,7 @@ struct Transfer {
 
   /// How many elements of the box lie before file position `position`, clamped to [begin, end]. A position inside an element
   /// counts the element as before.
+  template <class = Deferred>
   std::int64_t elements_before(std::uint64_t position) const {
     if (position <= offset || begin == end) return begin;
     std::int64_t rest = static_cast<std::int64_t>(ceil_div<std::uint64_t>((position - offset) * 8, static_cast<std::uint64_t>(bits_of(dtype))));
@@ -92,7 +95,8 @@ struct Transfer {
 /// must be whole bytes. Windows and pieces can then end anywhere.
 ///
 /// Throws    Error(misaligned) if a run begins or ends inside a byte
-inline Transfer in_whole_bytes(Transfer transfer) {
+template <class = Deferred>
+Transfer in_whole_bytes(Transfer transfer) {
   std::int64_t const bits = bits_of(transfer.dtype);
   int inner = transfer.shape.rank();
   std::int64_t run = 1;
@@ -120,7 +124,8 @@ inline Transfer in_whole_bytes(Transfer transfer) {
 /// elements smaller than a byte it is a transfer of bytes.
 ///
 /// Throws    Error(misaligned) as in_whole_bytes
-inline Transfer make_transfer(DType dtype, DType memory_dtype, Box const& part, Box const& held, MemoryView const& memory, Box const& stored, std::uint64_t offset) {
+template <class = Deferred>
+Transfer make_transfer(DType dtype, DType memory_dtype, Box const& part, Box const& held, MemoryView const& memory, Box const& stored, std::uint64_t offset) {
   Transfer transfer;
   transfer.dtype = dtype;
   transfer.memory_dtype = memory_dtype;
@@ -142,7 +147,8 @@ inline Transfer make_transfer(DType dtype, DType memory_dtype, Box const& part, 
 }
 
 /// Whether every run of `part` starts and ends on a byte in an array of `stored`'s shape: a condition for elements smaller than a byte.
-inline bool on_byte_boundaries(DType dtype, Box const& part, Box const& stored) {
+template <class = Deferred>
+bool on_byte_boundaries(DType dtype, Box const& part, Box const& stored) {
   int const bits = bits_of(dtype);
   if (bits % 8 == 0 || part.empty()) return true;
   Extents const strides = row_major_strides(stored.shape);

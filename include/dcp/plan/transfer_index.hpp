@@ -2,6 +2,7 @@
 #pragma once
 // Transfers in the order of their files and positions, and the question "which of them touch this window of that file".
 
+#include <dcp/base/config.hpp>
 #include <dcp/plan/transfer.hpp>
 
 #include <algorithm>
@@ -21,6 +22,7 @@ struct FileRange {
 class TransferIndex {
  public:
   TransferIndex() = default;
+  template <class = Deferred>
   explicit TransferIndex(std::vector<Transfer> transfers) : transfers_{std::move(transfers)} {
     std::erase_if(transfers_, [](Transfer const& t) { return t.begin == t.end; });
     std::sort(transfers_.begin(), transfers_.end(), [](Transfer const& a, Transfer const& b) { return a.file != b.file ? a.file < b.file : a.file_begin() < b.file_begin(); });
@@ -56,6 +58,7 @@ class TransferIndex {
 
   /// Copies the bytes that transfer `at` has in `range` from memory to `out`, at their distance from the begin of the range. Returns
   /// their number.
+  template <class = Deferred>
   std::uint64_t gather(std::uint32_t at, FileRange range, std::byte* out) const {
     std::uint64_t total = 0;
     transfers_[at].for_each_run(first_touching(at, range.begin), transfers_[at].elements_before(range.end), [&](std::uint64_t position, std::byte const* memory, std::size_t bytes) {
@@ -68,6 +71,7 @@ class TransferIndex {
   }
 
   /// The windows of `bytes` bytes, on the grid, in which a transfer has elements.
+  template <class = Deferred>
   std::vector<std::pair<std::uint32_t, FileRange>> windows(std::uint64_t bytes) const {
     std::vector<std::pair<std::uint32_t, FileRange>> result;
     for (auto const& transfer : transfers_)
@@ -89,6 +93,7 @@ class TransferIndex {
       visit(static_cast<std::uint32_t>(at));
   }
   // elements_before counts an element that the position cuts as before it; that one touches what follows.
+  template <class = Deferred>
   std::int64_t first_touching(std::uint32_t at, std::uint64_t position) const {
     Transfer const& transfer = transfers_[at];
     std::int64_t const element = transfer.elements_before(position);

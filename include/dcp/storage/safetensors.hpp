@@ -7,6 +7,7 @@
 //   sharded   shard-<rank + 1>-model-... per rank, with DCP_SHARDING_INFO, as PyTorch's HuggingFaceStorageWriter writes them
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/sort.hpp>
 #include <dcp/formats/hf_index.hpp>
 #include <dcp/formats/safetensors_header.hpp>
 #include <dcp/media/local_fs.hpp>
@@ -156,7 +157,7 @@ class SafeTensorsDriver final : public AnyStorage {
       }
       std::vector<std::string> named;
       for (auto const& [tensor, name] : scan.index) named.push_back(name);
-      std::sort(named.begin(), named.end());
+      detail::sort(named);
       named.erase(std::unique(named.begin(), named.end()), named.end());
       if (single && !std::binary_search(named.begin(), named.end(), hf::single_file_name)) {
         // Its files are gone, or it would have been decided above.
@@ -205,7 +206,7 @@ class SafeTensorsDriver final : public AnyStorage {
         found.tensors.push_back({tensor.name, tensor.dtype, tensor.shape, header.data_begin + tensor.begin, origin});
         names.push_back(tensor.name);
       }
-      std::sort(names.begin(), names.end());
+      detail::sort(names);
       auto const is_tensor = [&](std::string_view name) { return std::binary_search(names.begin(), names.end(), name); };
       // "dropped": "kept" is how Hugging Face notes tied weights; other texts may be anything.
       for (auto const& [key, value] : header.metadata)
@@ -432,7 +433,7 @@ class SafeTensorsDriver final : public AnyStorage {
         if (at == scan.index.end() || at->first != tensor.name) problems.add(ErrorCode::index_mismatch, tensor.name + ": in " + file.path + ", but not in the index");
         else if (at->second != file.path) problems.add(ErrorCode::index_mismatch, tensor.name + ": in " + file.path + ", but the index puts it into " + at->second);
       }
-    std::sort(held.begin(), held.end());
+    detail::sort(held);
     for (auto const& [name, file] : scan.index)
       if (!std::binary_search(held.begin(), held.end(), std::pair<std::string_view, std::string_view>{name, file})) problems.add(ErrorCode::missing_tensor, name + ": the index puts it into " + file + ", which does not hold it");
     if (problems.empty() && !options_.ignore_total_size && scan.total_size >= 0 && static_cast<std::uint64_t>(scan.total_size) != total) {
@@ -461,7 +462,8 @@ class SafeTensorsDriver final : public AnyStorage {
 template <>
 struct MediumPlace<LocalFs> {
   using type = std::filesystem::path;
-  static PlaceRef locate(type const& place) { return {std::make_shared<MediumModel<LocalFs>>(LocalFs{}), place.string()}; }
+  template <class M = LocalFs>   // a parameter, so that the model of the medium waits for a call
+  static PlaceRef locate(type const& place) { return {std::make_shared<MediumModel<M>>(M{}), place.string()}; }
 };
 
 /// safetensors over any medium. Place: std::filesystem::path for LocalFs, {medium, prefix} for others.
@@ -470,7 +472,8 @@ struct BasicSafeTensors {
   using Medium = M;
   using Place = typename MediumPlace<M>::type;
   using Options = SafeTensorsOptions;
-  static std::unique_ptr<AnyStorage> open(Options const& options) { return std::make_unique<detail::SafeTensorsDriver<>>(options); }
+  template <class D = Deferred>
+  static std::unique_ptr<AnyStorage> open(Options const& options) { return std::make_unique<detail::SafeTensorsDriver<D>>(options); }
   static PlaceRef locate(Place const& place) { return MediumPlace<M>::locate(place); }
 };
 

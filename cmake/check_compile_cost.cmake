@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+# cmake -DCOMPILER=<g++|clang++> [-DINCLUDES=a,b] [-DFILE=some.cpp] -P check_compile_cost.cmake
+# dcp/dcp.hpp (or FILE) includes nothing that costs every translation unit much and serves few. What it costs in seconds is measured
+# by tests/bench/compile_cost.sh; seconds are nothing that a test can rely on.
+cmake_minimum_required(VERSION 3.22)
+get_filename_component(include ${CMAKE_CURRENT_LIST_DIR}/../include ABSOLUTE)
+string(REPLACE "," ";" INCLUDES "${INCLUDES}")
+list(TRANSFORM INCLUDES PREPEND "-isystem")
+
+# Of the standard library, what a header of ours includes; a standard header may include what it likes.
+set(standard random regex iostream future execution valarray iomanip locale codecvt deque list queue stack bitset coroutine unordered_map unordered_set ranges)
+set(others "nlohmann/json\\.hpp" "[a-z0-9]*intrin\\.h" "mpi\\.h" "Eigen/.*" "cuda[a-z_]*\\.h" "doctest.*" "windows\\.h")
+list(JOIN standard "|" standard)
+list(JOIN others "|" others)
+
+if(NOT FILE)
+  string(RANDOM LENGTH 12 id)
+  set(FILE /tmp/dcp_compile_cost_${id}.cpp)
+  file(WRITE ${FILE} "#include <dcp/dcp.hpp>\nint main() {}\n")
+  set(written ${FILE})
+endif()
+execute_process(COMMAND ${COMPILER} -std=c++20 -I${include} ${INCLUDES} -H -fsyntax-only ${FILE} RESULT_VARIABLE status OUTPUT_VARIABLE out ERROR_VARIABLE err)
+if(written)
+  file(REMOVE ${written})
+endif()
+if(NOT status EQUAL 0)
+  message(FATAL_ERROR "compile cost ${COMPILER}: does not compile\n${err}")
+endif()
+
+# A line per header that is entered: as many dots as it lies deep, and its path.
+string(REGEX MATCHALL "(^|\n)\\.+ [^\n]+" lines "${out}\n${err}")
+set(count 0)
+set(bad "")
+foreach(line IN LISTS lines)
+  string(REGEX MATCH "(\\.+) ([^\n]+)" line "${line}")
+  string(LENGTH "${CMAKE_MATCH_1}" depth)
+  set(path "${CMAKE_MATCH_2}")
+  set(at_${depth} "${path}")
+  math(EXPR above "${depth} - 1")
+  set(by "${at_${above}}")
+  math(EXPR count "${count} + 1")
+  if(path MATCHES "/(${others})$" OR ((depth EQUAL 1 OR by MATCHES "/dcp/") AND path MATCHES "/(${standard})$" AND NOT path MATCHES "/dcp/"))
+    string(APPEND bad "\n  ${path}, included by ${by}")
+  endif()
+endforeach()
+if(count LESS 50)
+  message(FATAL_ERROR "compile cost ${COMPILER}: ${count} headers found; the compiler does not list them as expected")
+endif()
+if(bad)
+  message(FATAL_ERROR "compile cost ${COMPILER}: dcp/dcp.hpp includes what it must not:${bad}")
+endif()
+message(STATUS "compile cost ${COMPILER}: ${count} headers, none of them on the list")
