@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// ctest: alone
 // A committed checkpoint of which anything is changed, cut or gone does not load, and the error names the file.
 #include <dcp/checkpoint/load.hpp>
 #include <dcp/checkpoint/save.hpp>

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// ctest: alone
 // Power cuts and kills between any two storage calls of a save: what is found afterwards is the old checkpoint or the new one.
 // And the same with protocols broken on purpose, to show that this would be noticed.
 #include <dcp/checkpoint/load.hpp>

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// ctest: alone
 // Storage that fails and ranks that fail, in every phase of a save and a load: all ranks return in time with one Error, and what was
 // there before is still there.
 #include <dcp/checkpoint/load.hpp>

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// ctest: alone
 // Four processes save generation after generation over each other, and one or all of them are killed: at any time, and at any storage
 // call. What other processes then load is the last generation that was saved or the one that was under way, whole.
 #include <dcp/checkpoint/load.hpp>

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// ctest: alone
 // The law that everything else serves: what ranks save in any layouts, other ranks load in any other layouts, bit for bit.
 #include <dcp/checkpoint/load.hpp>
 #include <dcp/checkpoint/owned_state.hpp>
