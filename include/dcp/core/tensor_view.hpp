@@ -98,7 +98,7 @@ class TensorView : detail::an_element_type<T> {
       fits = fits && checked_multiply(static_cast<std::uint64_t>(shape[d] - 1), static_cast<std::uint64_t>(strides[d]), reach) && checked_add(units, reach, units);
     }
     fits = fits && checked_add(units, 1, units);
-    if constexpr (bits_of(dtype_of<T>) < 8) {
+    if constexpr (is_element<T> && bits_of(dtype_of<T>) < 8) {
       fits = fits && checked_multiply(units, static_cast<std::uint64_t>(bits_of(dtype_of<T>)), units);
       units = ceil_div<std::uint64_t>(units, 8);
     }
