@@ -75,6 +75,24 @@ auto retry_visible(std::chrono::milliseconds deadline, Action action) -> decltyp
 }
 
 namespace detail {
+/// All of a file below /proc, whose size is not known before; empty where there is none.
+template <class = Deferred>
+std::string text_of_system_file(char const* path) {
+  std::string text;
+  int const file = ::open(path, O_RDONLY | O_CLOEXEC);
+  if (file < 0) return text;
+  for (std::size_t length = 0;;) {
+    text.resize(length + 4096);
+    auto const more = ::read(file, text.data() + length, 4096);
+    if (more < 0 && errno == EINTR) continue;
+    length += static_cast<std::size_t>(std::max<::ssize_t>(more, 0));
+    text.resize(length);
+    if (more <= 0) break;
+  }
+  ::close(file);
+  return text;
+}
+
 
 struct Transfer {
   std::uint64_t done;

@@ -14,15 +14,15 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
+#include <charconv>
 #include <chrono>
 #include <csignal>
 #include <cstdint>
 #include <ctime>
-#include <fstream>
 #include <memory>
 #include <span>
-#include <sstream>
 #include <string>
+#include <system_error>
 
 #include <sys/file.h>
 #include <sys/stat.h>
@@ -46,14 +46,19 @@ struct LeaseHolder {
     ::gethostname(name.data(), name.size() - 1);
     LeaseHolder me{name.data(), "-", static_cast<long>(::getpid())};
     if (me.host.empty()) me.host = "-";
-    std::ifstream{"/proc/sys/kernel/random/boot_id"} >> me.boot;
+    auto const boot = text_of_system_file("/proc/sys/kernel/random/boot_id");
+    if (boot.size() > 1) me.boot = boot.substr(0, boot.size() - 1);   // without the newline
     return me;
   }
 
   template <class = Deferred>
   static bool parse(std::string const& text, LeaseHolder& holder) {
-    std::istringstream in{text};
-    return static_cast<bool>(in >> holder.host >> holder.process >> holder.boot);
+    auto const first = text.find(' '), second = text.find(' ', first + 1), end = text.find('\n', second + 1);
+    if (first == std::string::npos || second == std::string::npos || end == std::string::npos) return false;
+    holder.host = text.substr(0, first);
+    holder.boot = text.substr(second + 1, end - second - 1);
+    auto const number = std::from_chars(text.data() + first + 1, text.data() + second, holder.process);
+    return first > 0 && !holder.boot.empty() && number.ec == std::errc{} && number.ptr == text.data() + second;
   }
 };
 

@@ -7,11 +7,10 @@
 #include <dcp/io/file.hpp>
 #include <dcp/media/local_links.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <climits>
-#include <fstream>
-#include <sstream>
 #include <string>
 #include <string_view>
 
@@ -54,12 +53,12 @@ bool is_mount_point(std::string const& path) {
   if (::lstat(path.c_str(), &here) != 0) return false;
   if (::lstat(parent_path(path).c_str(), &above) == 0 && here.st_dev != above.st_dev) return true;
 
-  std::ifstream mounts{"/proc/self/mountinfo"};
-  for (std::string line; std::getline(mounts, line);) {
-    std::istringstream fields{line};
-    std::string skip, point;
-    for (int i = 0; i < 4; ++i) fields >> skip;   // proc(5): id, parent, device, root, then the mount point
-    fields >> point;
+  auto const mounts = text_of_system_file("/proc/self/mountinfo");
+  for (std::size_t line = 0, next = 0; line < mounts.size(); line = next) {
+    next = std::min(mounts.find('\n', line), mounts.size() - 1) + 1;
+    std::size_t begin = line;
+    for (int i = 0; i < 4; ++i) begin = mounts.find(' ', begin) + 1;   // proc(5): id, parent, device, root, then the mount point
+    std::string const point = mounts.substr(begin, mounts.find(' ', begin) - begin);
     std::string plain;   // space, tab, newline and backslash are written as \ooo
     for (std::size_t i = 0; i < point.size(); ++i) {
       if (point[i] == '\\' && i + 3 < point.size()) {

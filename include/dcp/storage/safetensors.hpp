@@ -75,7 +75,7 @@ std::string normal_directory(std::string const& directory) {
   return out;
 }
 
-template <class = Deferred>
+template <class D = Deferred>
 class SafeTensorsDriver final : public AnyStorage {
  public:
   explicit SafeTensorsDriver(SafeTensorsOptions options) : options_{std::move(options)} {
@@ -98,7 +98,7 @@ class SafeTensorsDriver final : public AnyStorage {
 
   std::vector<std::pair<std::string, Bytes>> extra_files() const override {
     std::vector<std::pair<std::string, Bytes>> files;
-    MediumModel<LocalFs> local{LocalFs{}};
+    MediumModel<typename DeferredType<LocalFs, D>::type> local{LocalFs{}};
     for (auto const& path : options_.extra_files) {
       if (!path.has_filename()) throw Error{ErrorCode::invalid_argument, "an extra file without a name"}.with_path(path.string());
       files.emplace_back(path.filename().string(), read_file(local, path.string(), most_record_bytes));
