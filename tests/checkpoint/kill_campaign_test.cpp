@@ -203,7 +203,7 @@ Findings campaign(std::uint64_t seed, int rounds, std::chrono::seconds most) {
 }
 
 int rounds_of(int few, int many) { return std::getenv("DCP_LONG") != nullptr ? many : few; }
-std::chrono::seconds time_of() { return std::getenv("DCP_LONG") != nullptr ? std::chrono::hours{2} : std::chrono::seconds{20}; }
+std::chrono::seconds time_of() { return std::getenv("DCP_LONG") != nullptr ? std::chrono::hours{1} : std::chrono::seconds{60}; }
 
 void check(Findings const& findings, std::size_t least) {
   std::string phases;
@@ -222,13 +222,13 @@ void check(Findings const& findings, std::size_t least) {
 TEST_CASE("save: ranks that are killed at any time lose nothing") {
   auto const seed = dcp::test::first_seed();
   CAPTURE(seed);
-  check(campaign<dcp::LocalFs>(seed, rounds_of(24, 400), time_of()), 5);
+  check(campaign<dcp::LocalFs>(seed, rounds_of(180, 1000), time_of()), 5);
 }
 
 TEST_CASE("save: ranks that are killed at any time lose nothing where directories cannot be exchanged either") {
   auto const seed = dcp::test::first_seed() + 1'000'000;
   CAPTURE(seed);
-  check(campaign<LocalFsWithoutExchange>(seed, rounds_of(16, 250), time_of()), 5);
+  check(campaign<LocalFsWithoutExchange>(seed, rounds_of(130, 600), time_of()), 5);
 }
 
 TEST_CASE("harness: kills show that a save which removes the old checkpoint first loses it") {
