@@ -38,10 +38,11 @@ std::string save_fails_with(nlohmann::json json) {
   dcp::Memory store;
   std::string code = "saved";
   dcp::run_threads(1, [&](dcp::ThreadComm& world) {
-    dcp::StateDict const state{{"json", json}};
+    dcp::StateDict const state{{"the.document", json}};
     try {
       dcp::save<Storage>(world, {store, "refused"}, state);
     } catch (dcp::Error const& error) {
+      if (error.message().find("the.document: ") != 0) throw;   // it says which
       code = to_string(error.code());
     }
   });

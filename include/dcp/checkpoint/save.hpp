@@ -135,7 +135,7 @@ std::vector<std::pair<std::string, Value>> collect_values(CommRef comm, AgreedSt
     for (std::size_t v = 0; v < state.values.size(); ++v) {
       SchemaEntry const& entry = *state.values[v];
       if (state.local_values[v] == nullptr || (!entry.per_rank && entry.first_rank != comm.rank())) continue;
-      Value const value = state.local_values[v]->value.ops->encode(state.local_values[v]->value.object);
+      Value const value = value_now(*state.local_values[v]);
       out.number<std::uint64_t>(v).number(comm.rank()).number(value.kind).number(value.dtype).block(value.payload);
     }
     return out.take();

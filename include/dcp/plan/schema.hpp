@@ -161,6 +161,16 @@ std::vector<std::size_t> sorted_entries(StateDict const& state) {
   return order;
 }
 
+/// What the object of a value entry holds now. An error says of which entry.
+template <class = Deferred>
+Value value_now(StateEntry const& entry) {
+  try {
+    return entry.value.ops->encode(entry.value.object);
+  } catch (Error const& error) {
+    throw Error{error.code(), entry.name + ": " + error.message()};
+  }
+}
+
 /// The schema of this rank's state, without ties found in memory. `with_values`: also the CRCs of values.
 template <class = Deferred>
 Schema local_schema(StateDict const& state, bool with_values) {
@@ -181,7 +191,7 @@ Schema local_schema(StateDict const& state, bool with_values) {
       entry.value_kind = from.value.ops->kind;
       entry.dtype = from.value.ops->dtype;
       entry.per_rank = from.value.per_rank;
-      if (with_values && !entry.per_rank) entry.value_crc = value_crc(from.value.ops->encode(from.value.object));
+      if (with_values && !entry.per_rank) entry.value_crc = value_crc(value_now(from));
     }
   }
   return schema;
