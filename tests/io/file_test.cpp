@@ -45,7 +45,6 @@ TEST_CASE("FileHandle: bytes come back from where they were written") {
   writer.write_at(0, as_byte_span("abc"));
   writer.write_at(0, {});
   writer.sync();
-  writer.sync_data();
   writer.resize(6);
   CHECK(writer.size() == 6);
   writer.close();

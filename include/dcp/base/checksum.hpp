@@ -291,13 +291,9 @@ std::uint64_t crc64_shift(std::uint64_t raw, std::uint64_t zero_bytes) {
   return raw;
 }
 
-/// The standard CRC of `size` bytes whose raw CRC is `raw`.
+/// The standard CRC of `size` bytes whose raw CRC is `raw`; and the other way round, since the term between the two is its own inverse.
 template <class = Deferred>
 std::uint64_t crc64_from_raw(std::uint64_t raw, std::uint64_t size) { return ~(raw ^ crc64_shift(~std::uint64_t{0}, size)); }
-
-/// The raw CRC of `size` bytes whose standard CRC is `crc`. The term between the two is added either way.
-template <class = Deferred>
-std::uint64_t crc64_to_raw(std::uint64_t crc, std::uint64_t size) { return crc64_from_raw(crc, size); }
 
 /// The standard CRC of two byte strings, one after the other. (The terms of the first one's length cancel.)
 template <class = Deferred>

@@ -236,7 +236,6 @@ class Attempt {
         throw;
       }
     }
-    published_ = true;
     medium_.sync_directory(parent_);
     lease_.reset();
     medium_.remove_file(place_ + '/' + std::string{lease_name});
@@ -322,7 +321,7 @@ class Attempt {
   std::string place_, parent_, path_, old_path_;
   std::optional<CommitRecord> old_;
   std::unique_ptr<Lease> lease_;
-  bool created_ = false, committed_ = false, published_ = false;
+  bool created_ = false, committed_ = false;
 };
 
 }  // namespace dcp::detail

@@ -199,7 +199,6 @@ class Reader {
     operations_ += ranges.size();
     std::lock_guard const lock{mutex_};
     needed_ += needed;
-    for (auto const& range : ranges) read_ += range.size();
   }
 
   // `bytes_at`: the buffer, where it holds the file's bytes.
@@ -315,7 +314,7 @@ class Reader {
   std::vector<std::unique_ptr<ReadableFile>> files_;
   std::mutex mutex_;
   std::vector<Contribution> contributions_;
-  std::uint64_t needed_ = 0, read_ = 0;
+  std::uint64_t needed_ = 0;
   std::atomic<std::uint64_t> done_{0}, operations_{0};
 };
 

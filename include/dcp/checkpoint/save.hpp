@@ -64,7 +64,6 @@ template <class = Deferred>
 void compare_replicas(CommRef comm, AgreedState const& state) {
   std::vector<std::uint64_t> mine(state.tensors.size(), 0);
   agree(comm, "save: check", [&] {
-    Bytes buffer(1 << 20);
     for (std::size_t t = 0; t < state.tensors.size(); ++t) {
       auto const& tensor = state.tensors[t];
       auto const box = box_of_rank(tensor.layout, comm.rank());

@@ -204,9 +204,6 @@ class FileHandle {
   /// Bytes and attributes to stable storage. Not to be repeated after a failure: the kernel may have marked the lost pages clean.
   template <class = Deferred>
   void sync() const { require([&] { return ::fsync(descriptor_); }, "cannot make the file durable"); }
-  /// As sync, without the attributes that no read needs.
-  template <class = Deferred>
-  void sync_data() const { require([&] { return ::fdatasync(descriptor_); }, "cannot make the file durable"); }
 
   /// The names in this directory to stable storage.
   template <class = Deferred>
