@@ -203,7 +203,7 @@ Findings campaign(std::uint64_t seed, int rounds, std::chrono::seconds most) {
 }
 
 int rounds_of(int few, int many) { return std::getenv("DCP_LONG") != nullptr ? many : few; }
-std::chrono::seconds time_of() { return std::getenv("DCP_LONG") != nullptr ? std::chrono::hours{1} : std::chrono::seconds{60}; }
+std::chrono::seconds time_of() { return std::getenv("DCP_LONG") != nullptr ? std::chrono::hours{1} : std::chrono::seconds{30}; }
 
 void check(Findings const& findings, std::size_t least) {
   std::string phases;
