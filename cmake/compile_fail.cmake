@@ -7,6 +7,7 @@
 #   // error (clang): due to requirement            for one compiler only (gcc, clang, nvcc), where the words are the compiler's own
 # The first half proves that the rest of the file is sound, the sentence that the failure is ours, the line count that a user can read it.
 # A line "// needs: eigen" leaves the case out when that is among WITHOUT. There is no build tree: the compiler only checks.
+# g++ and clang++ read <dcp/dcp.hpp> once for all cases, precompiled, which halves the time; a single case is compiled as a user would.
 #
 # -DSELF_TEST=ON   the cases are wrong, each in one way; this script must find what the file's "// script: <text>" says.
 cmake_minimum_required(VERSION 3.22)
@@ -59,6 +60,11 @@ if(NOT IS_DIRECTORY ${CASES})   # one case
       set(kind clang)
     endif()
     set(command ${COMPILER} -std=c++20 -fsyntax-only)
+    if(PRECOMPILED AND kind STREQUAL "gcc")
+      list(APPEND command -include ${PRECOMPILED}/dcp.hpp)
+    elseif(PRECOMPILED)
+      list(APPEND command -include-pch ${PRECOMPILED}/dcp.hpp.gch)
+    endif()
   endif()
   list(TRANSFORM INCLUDES REPLACE "(.+)" "-isystem;\\1")
   list(APPEND command -I${root}/include ${INCLUDES})
@@ -139,13 +145,20 @@ if(SELF_TEST)
   return()
 endif()
 
-list(JOIN cases "\n" list)
 string(RANDOM LENGTH 12 id)
-set(list_file /tmp/dcp_compile_fail_${id})
-file(WRITE ${list_file} "${list}\n")
-execute_process(COMMAND xargs -a ${list_file} -d "\n" -P ${JOBS} -I{} ${CMAKE_COMMAND} ${options} -DCASES={} -P ${CMAKE_CURRENT_LIST_FILE}
+set(work /tmp/dcp_compile_fail_${id})
+file(MAKE_DIRECTORY ${work})
+if(NOT COMPILER MATCHES "nvcc")
+  # Named by an include, not given as the main file: that draws a warning about its #pragma once.
+  file(WRITE ${work}/all.hpp "#include <dcp/dcp.hpp>\n")
+  execute_process(COMMAND ${COMPILER} -std=c++20 -I${root}/include -x c++-header ${work}/all.hpp -o ${work}/dcp.hpp.gch COMMAND_ERROR_IS_FATAL ANY)
+  list(APPEND options -DPRECOMPILED=${work})
+endif()
+list(JOIN cases "\n" list)
+file(WRITE ${work}/cases "${list}\n")
+execute_process(COMMAND xargs -a ${work}/cases -d "\n" -P ${JOBS} -I{} ${CMAKE_COMMAND} ${options} -DCASES={} -P ${CMAKE_CURRENT_LIST_FILE}
                 RESULT_VARIABLE status)
-file(REMOVE ${list_file})
+file(REMOVE_RECURSE ${work})
 if(NOT status EQUAL 0)
   message(FATAL_ERROR "compile_fail ${COMPILER}: not all of ${count} cases are as they should be")
 endif()

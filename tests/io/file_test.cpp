@@ -15,7 +15,7 @@
 #include <sys/un.h>
 
 using namespace dcp;
-using dcp::testing::TemporaryDirectory;
+using dcp::test::TemporaryDirectory;
 
 namespace {
 
@@ -159,7 +159,7 @@ TEST_CASE("law: short counts and interruptions move the same bytes as whole tran
     std::string source(random() % 5000, '\0'), target(source.size(), '\0');
     for (auto& c : source) c = static_cast<char>(random());
     int interruptions = 0;
-    auto const result = detail::transfer_all(source.size(), [&](std::uint64_t done, std::size_t most) -> ssize_t {
+    auto const result = detail::move_all(source.size(), [&](std::uint64_t done, std::size_t most) -> ssize_t {
       if (random() % 3 == 0) return ++interruptions, errno = EINTR, -1;
       auto const count = std::min<std::size_t>(most, 1 + random() % 700);
       std::memcpy(target.data() + done, source.data() + done, count);
@@ -171,16 +171,16 @@ TEST_CASE("law: short counts and interruptions move the same bytes as whole tran
   }
 }
 
-TEST_CASE("transfer_all: stops at the end and at an error, and says how far it came") {
+TEST_CASE("move_all: stops at the end and at an error, and says how far it came") {
   int calls = 0;
-  auto const end = detail::transfer_all(10, [&](std::uint64_t, std::size_t) -> ssize_t { return ++calls == 1 ? 4 : 0; });
+  auto const end = detail::move_all(10, [&](std::uint64_t, std::size_t) -> ssize_t { return ++calls == 1 ? 4 : 0; });
   CHECK(end.done == 4);
   CHECK(end.system_error == 0);
   calls = 0;
-  auto const error = detail::transfer_all(10, [&](std::uint64_t, std::size_t) -> ssize_t { return ++calls == 1 ? 4 : (errno = EIO, -1); });
+  auto const error = detail::move_all(10, [&](std::uint64_t, std::size_t) -> ssize_t { return ++calls == 1 ? 4 : (errno = EIO, -1); });
   CHECK(error.done == 4);
   CHECK(error.system_error == EIO);
-  detail::transfer_all(std::uint64_t{3} << 30, [&](std::uint64_t, std::size_t most) -> ssize_t {
+  detail::move_all(std::uint64_t{3} << 30, [&](std::uint64_t, std::size_t most) -> ssize_t {
     CHECK(most <= 0x7ffff000);
     return static_cast<ssize_t>(most);
   });

@@ -213,11 +213,12 @@ template <class Mesh>
 struct names_of_axes {
   static_assert(sizeof(Mesh) == 0, "dcp: PlacementOn takes the names of the mesh axes first, a dcp::Axes<...>");
 };
-template <class Tag, int Occurrences>
+// A base per On: the position keeps the bases of two equal Ons apart.
+template <int Position, class Tag, int Occurrences>
 struct known_axis {
   static_assert(Occurrences == 1, "dcp: On<axis, rule> names an axis this mesh does not have; use a tag of its Axes [times the axis occurs in the mesh == 1]");
 };
-template <class Tag, int Times>
+template <int Position, class Tag, int Times>
 struct axis_placed_once {
   static_assert(Times == 1, "dcp: PlacementOn places an axis twice; give each axis one On [times the axis is placed == 1]");
 };
@@ -229,14 +230,15 @@ template <class Mesh, class Tag, class First, class... Rest>
 struct rule_of_axis<Mesh, Tag, First, Rest...> {
   using type = typename std::conditional_t<std::is_same_v<typename on_parts<First>::tag, Tag>, std::type_identity<typename on_parts<First>::rule>, rule_of_axis<Mesh, Tag, Rest...>>::type;
 };
-template <int Position, class Check>   // a base per On, distinct even when two Ons are equal
-struct check_at : Check {};
 template <class Tag, class... Ons>
 inline constexpr int times_placed = (0 + ... + (std::is_same_v<Tag, typename on_parts<Ons>::tag> ? 1 : 0));
-template <class Mesh, class O>
-inline constexpr int occurrences_of = on_parts<O>::is_on ? Mesh::template occurrences<typename on_parts<O>::tag> : 1;
-template <class O, class... Ons>
-inline constexpr int times_of = on_parts<O>::is_on ? times_placed<typename on_parts<O>::tag, Ons...> : 1;
+// A mistake is reported once, at the first On that makes it.
+template <int Position, class O, class... Ons>
+inline constexpr bool is_first_of_its_axis = [] {
+  int first = 0;
+  static_cast<void>((... || (std::is_same_v<typename on_parts<Ons>::tag, typename on_parts<O>::tag> || (++first, false))));
+  return on_parts<O>::is_on && first == Position;
+}();
 template <class Mesh, class Positions, class... Ons>
 struct placement_on : names_of_axes<Mesh> {
   using type = Placement<typename on_parts<Ons>::rule...>;
@@ -244,8 +246,8 @@ struct placement_on : names_of_axes<Mesh> {
 template <class... Tags, std::size_t... Position, class... Ons>
 struct placement_on<Axes<Tags...>, std::index_sequence<Position...>, Ons...>
     : rules_of_named_axes<Ons...>,
-      check_at<static_cast<int>(Position), known_axis<typename on_parts<Ons>::tag, occurrences_of<Axes<Tags...>, Ons>>>...,
-      check_at<static_cast<int>(Position), axis_placed_once<typename on_parts<Ons>::tag, times_of<Ons, Ons...>>>... {
+      known_axis<static_cast<int>(Position), typename on_parts<Ons>::tag, is_first_of_its_axis<Position, Ons, Ons...> ? Axes<Tags...>::template occurrences<typename on_parts<Ons>::tag> : 1>...,
+      axis_placed_once<static_cast<int>(Position), typename on_parts<Ons>::tag, is_first_of_its_axis<Position, Ons, Ons...> ? times_placed<typename on_parts<Ons>::tag, Ons...> : 1>... {
   using type = Placement<typename rule_of_axis<Axes<Tags...>, Tags, Ons...>::type...>;
 };
 }  // namespace detail

@@ -93,15 +93,14 @@ std::string text_of_system_file(char const* path) {
   return text;
 }
 
-
-struct Transfer {
+struct Moved {
   std::uint64_t done;
   int system_error;   // 0: done is what was wanted, or the step returned 0
 };
 
 /// Moves `size` bytes with `step(done, most)`, which returns as read(2) does: a count, 0 at the end, -1 with errno.
 template <class Step>
-Transfer transfer_all(std::uint64_t size, Step step) {
+Moved move_all(std::uint64_t size, Step step) {
   // 1 GiB: the kernel moves at most 0x7ffff000 bytes a call, and a multiple of any block size keeps direct I/O aligned.
   constexpr std::uint64_t most_at_once = std::uint64_t{1} << 30;
   std::uint64_t done = 0;
@@ -169,7 +168,7 @@ class FileHandle {
   template <class = Deferred>
   void read_at(std::uint64_t offset, ByteSpan out) const {
     auto const step = [&](std::uint64_t done, std::size_t most) { return ::pread(descriptor_, out.data() + done, most, static_cast<off_t>(offset + done)); };
-    auto const result = fits(offset, out.size()) ? detail::transfer_all(out.size(), step) : detail::Transfer{0, 0};   // beyond the end of any file
+    auto const result = fits(offset, out.size()) ? detail::move_all(out.size(), step) : detail::Moved{0, 0};   // beyond the end of any file
     if (result.system_error != 0) throw failure(result.system_error, "cannot read the file").with_range(offset, offset + out.size());
     if (result.done < out.size())
       throw Error{ErrorCode::truncated, "the file ends " + std::to_string(out.size() - result.done) + " bytes before the range that is wanted"}
@@ -181,7 +180,7 @@ class FileHandle {
   template <class = Deferred>
   void write_at(std::uint64_t offset, ConstByteSpan bytes) const {
     auto const step = [&](std::uint64_t done, std::size_t most) { return ::pwrite(descriptor_, bytes.data() + done, most, static_cast<off_t>(offset + done)); };
-    auto const result = fits(offset, bytes.size()) ? detail::transfer_all(bytes.size(), step) : detail::Transfer{0, EFBIG};
+    auto const result = fits(offset, bytes.size()) ? detail::move_all(bytes.size(), step) : detail::Moved{0, EFBIG};
     int const system_error = result.system_error == 0 && result.done < bytes.size() ? EIO : result.system_error;
     if (system_error != 0) throw failure(system_error, "cannot write the file").with_range(offset, offset + bytes.size());
   }
