@@ -19,17 +19,17 @@
 #include <utility>
 #include <vector>
 
-namespace dcp::testing {
+namespace dcp::test {
 
 enum class Call : std::uint8_t {
   open_write, write, resize, sync, close, open_read, read, rename_file, remove_file, kind, list, create_directory, create_directories,
-  sync_directory, publish_new, exchange_directories, remove_tree, acquire_lease, heartbeat, resolve_place, block_bytes
+  sync_directory, publish_new, exchange_directories, remove_tree, acquire_lease, resolve_place, block_bytes
 };
 
 inline std::string to_string(Call call) {
   constexpr std::array names{"open_write", "write", "resize", "sync", "close", "open_read", "read", "rename_file", "remove_file", "kind", "list",
                              "create_directory", "create_directories", "sync_directory", "publish_new", "exchange_directories", "remove_tree",
-                             "acquire_lease", "heartbeat", "resolve_place", "block_bytes"};
+                             "acquire_lease", "resolve_place", "block_bytes"};
   static_assert(names.size() == static_cast<std::size_t>(Call::block_bytes) + 1);
   return names[static_cast<std::size_t>(call)];
 }
@@ -178,20 +178,6 @@ class FaultyReadableFile final : public ReadableFile {
   std::string path_;
 };
 
-class FaultyLease final : public Lease {
- public:
-  FaultyLease(std::shared_ptr<Rules> rules, std::unique_ptr<Lease> inner, std::string path)
-      : rules_{std::move(rules)}, inner_{std::move(inner)}, path_{std::move(path)} {}
-  void heartbeat() override {
-    rules_->run(Call::heartbeat, path_, [&] { inner_->heartbeat(); });
-  }
-
- private:
-  std::shared_ptr<Rules> rules_;
-  std::unique_ptr<Lease> inner_;
-  std::string path_;
-};
-
 }  // namespace faults
 
 /// Models Medium over any Medium. Copies share their rules and counts; thread-safe.
@@ -250,11 +236,7 @@ class FaultMedium {
     rules_->run(Call::remove_tree, path, [&] { inner_.remove_tree(path); });
   }
   std::unique_ptr<Lease> acquire_lease(std::string const& path) {
-    return rules_->run(Call::acquire_lease, path, [&]() -> std::unique_ptr<Lease> {
-      auto lease = inner_.acquire_lease(path);
-      if (!lease) return nullptr;
-      return std::make_unique<faults::FaultyLease>(rules_, std::move(lease), path);
-    });
+    return rules_->run(Call::acquire_lease, path, [&] { return inner_.acquire_lease(path); });
   }
   std::string resolve_place(std::string const& path) {
     return rules_->run(Call::resolve_place, path, [&] { return inner_.resolve_place(path); });
@@ -268,4 +250,4 @@ class FaultMedium {
   std::shared_ptr<faults::Rules> rules_ = std::make_shared<faults::Rules>();
 };
 
-}  // namespace dcp::testing
+}  // namespace dcp::test

@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-namespace dcp::testing {
+namespace dcp::test {
 
 namespace recording {
 
@@ -68,7 +68,6 @@ class RecordedLease final : public Lease {
     inner_.reset();
     if (there && tape_->live.kind(path_) == EntryKind::missing) tape_->steps.push_back({Action::remove, path_});
   }
-  void heartbeat() override { inner_->heartbeat(); }
 
  private:
   std::shared_ptr<Tape> tape_;
@@ -229,4 +228,4 @@ class RecordingMedium {
 
 static_assert(Medium<RecordingMedium>);
 
-}  // namespace dcp::testing
+}  // namespace dcp::test

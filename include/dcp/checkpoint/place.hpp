@@ -65,6 +65,15 @@ std::optional<CommitRecord> read_record(AnyMedium& medium, std::string const& di
   }
 }
 
+/// Deletes a checkpoint or attempt with all that is in it. Its record goes first: what a crash leaves of the rest is no checkpoint.
+template <class = Deferred>
+void remove_with_record_first(AnyMedium& medium, std::string const& directory) {
+  medium.remove_file(directory + '/' + std::string{record_name});
+  medium.sync_directory(directory);
+  medium.remove_tree(directory);
+  medium.sync_directory(split_path(directory).first);
+}
+
 struct Sibling {
   std::string path;
   std::string id;
@@ -190,7 +199,6 @@ class Attempt {
   std::string const& place() const { return place_; }
   std::string const& id() const { return record_.id; }
   CommitRecord& record() { return record_; }
-  Lease* lease() const { return lease_.get(); }
 
   /// Writes a small file of the checkpoint durably, except for its name.
   void write_file(std::string const& name, ConstByteSpan bytes) {
@@ -243,22 +251,14 @@ class Attempt {
 
   /// After all ranks know the outcome.
   void remove_old() {
-    if (old_path_.empty()) return;
-    medium_.remove_tree(old_path_);
-    medium_.sync_directory(parent_);
+    if (!old_path_.empty()) remove_with_record_first(medium_, old_path_);
   }
 
   /// Of a failed save, as far as that is possible; a committed attempt is never removed.
   void abandon() noexcept {
     try {
-      if (created_ && !committed_) {
-        // The record first: it may say "committed" already (a sync after that failed), and then what a crash leaves of the rest
-        // must not be taken for a checkpoint.
-        medium_.remove_file(path_ + '/' + std::string{record_name});
-        medium_.sync_directory(path_);
-        medium_.remove_tree(path_);
-        medium_.sync_directory(parent_);
-      }
+      // Its record may say "committed" already, and the sync after that have failed.
+      if (created_ && !committed_) remove_with_record_first(medium_, path_);
       lease_.reset();
     } catch (...) {
       // It stays, and the next save removes it.
@@ -293,7 +293,7 @@ class Attempt {
       if ((committed || sibling.failure) && occupant.kind != Occupant::Kind::checkpoint) continue;
       try {
         auto const lease = medium_.acquire_lease(sibling.path + '/' + std::string{lease_name});
-        if (lease) medium_.remove_tree(sibling.path);
+        if (lease) remove_with_record_first(medium_, sibling.path);
       } catch (Error const&) {
         // Somebody else cleans, or may not: no reason to fail a save.
       }

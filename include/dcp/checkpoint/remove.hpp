@@ -17,7 +17,7 @@ void remove_checkpoint(CommRef comm, PlaceRef const& target) {
   AnyMedium& medium = *target.medium;
   agree(comm, "remove", [&] {
     if (comm.rank() != 0) return;
-    std::string const place = medium.resolve_place(target.path), parent = split_path(place).first;
+    std::string const place = medium.resolve_place(target.path);
     Occupant const occupant = look_at(medium, place);
     if (occupant.kind == Occupant::Kind::foreign) throw Error{ErrorCode::unsupported, "this is no checkpoint of this library, and is left alone"}.with_path(place);
     auto const siblings = siblings_of(medium, place);
@@ -26,17 +26,9 @@ void remove_checkpoint(CommRef comm, PlaceRef const& target) {
     for (auto const& sibling : siblings) {
       auto const lease = medium.acquire_lease(sibling.path + '/' + std::string{lease_name});
       if (!lease) throw Error{ErrorCode::already_exists, "a save to this place is under way"}.with_path(sibling.path);
-      medium.remove_file(sibling.path + '/' + std::string{record_name});
-      medium.remove_tree(sibling.path);
+      remove_with_record_first(medium, sibling.path);
     }
-    if (!siblings.empty()) medium.sync_directory(parent);
-    if (occupant.kind == Occupant::Kind::checkpoint) {
-      // Without its record it is no checkpoint, however little of the rest is gone.
-      medium.remove_file(place + '/' + std::string{record_name});
-      medium.sync_directory(place);
-      medium.remove_tree(place);
-      medium.sync_directory(parent);
-    }
+    if (occupant.kind == Occupant::Kind::checkpoint) remove_with_record_first(medium, place);
   });
 }
 

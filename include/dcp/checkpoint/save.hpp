@@ -284,7 +284,7 @@ Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
     SavePlan const writes = agree(comm, "save: plan", [&] {
       return SavePlan{agreed.tensors, plan.shares, plan.files, transfers_to_save(agreed, plan.shares, plan.files, comm.rank()), comm.rank(), comm.size(), {opened.block_bytes, settings.writers_per_file}};
     });
-    Writer<> writer{comm, medium, directory, writes, settings, attempt ? attempt->lease() : nullptr, watch};
+    Writer<> writer{comm, medium, directory, writes, settings, watch};
     auto const sums = writer.run();
 
     watch.enter("commit");

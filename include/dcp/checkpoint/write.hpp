@@ -46,8 +46,8 @@ struct Budget {
 template <class = Deferred>
 class Writer {
  public:
-  Writer(CommRef comm, AnyMedium& medium, std::string directory, SavePlan const& plan, SaveSettings const& settings, Lease* lease, Stopwatch& watch)
-      : comm_{comm}, medium_{medium}, directory_{std::move(directory)}, plan_{plan}, settings_{settings}, budget_{Budget::of(settings.memory_bytes, settings.threads)}, lease_{lease}, watch_{watch} {
+  Writer(CommRef comm, AnyMedium& medium, std::string directory, SavePlan const& plan, SaveSettings const& settings, Stopwatch& watch)
+      : comm_{comm}, medium_{medium}, directory_{std::move(directory)}, plan_{plan}, settings_{settings}, budget_{Budget::of(settings.memory_bytes, settings.threads)}, watch_{watch} {
     files_.resize(plan.files().size());
   }
 
@@ -66,7 +66,7 @@ class Writer {
         open->sync();
         open->close();
         ++watch_.here().operations;
-        alive();
+        comm_.progress();
       }
     });
     return sums_.take();
@@ -88,15 +88,6 @@ class Writer {
     std::uint32_t file;
     FileRange range;
   };
-
-  void alive() {
-    comm_.progress();
-    try {
-      if (lease_ != nullptr) lease_->heartbeat();
-    } catch (Error const&) {
-      // The next beat may succeed, and where locks work they are what counts.
-    }
-  }
 
   WritableFile& file(std::uint32_t f) {
     std::lock_guard const lock{open_mutex_};
@@ -153,7 +144,7 @@ class Writer {
           if (reach > next && (sent + more_sent > budget_.round_bytes || owned + more_owned > budget_.round_bytes)) break;
           sent += more_sent, owned += more_owned;
           planned.push_back(std::move(window));
-          if (reach % 256 == 0) alive();
+          if (reach % 256 == 0) comm_.progress();
         }
       } catch (...) {
         // Nobody goes on without this rank: the round has no windows, and its agreement tells all why.
@@ -218,7 +209,7 @@ class Writer {
       for (auto& segment : segments) {
         require_complete(segment);
         write(segment.file, segment.range.begin, segment.bytes);
-        alive();
+        comm_.progress();
       }
     });
   }
@@ -278,7 +269,7 @@ class Writer {
           done += bytes.size();
         },
         [&] {
-          alive();
+          comm_.progress();
           auto const now = Stopwatch::clock::now();
           if (settings_.progress && now - reported > std::chrono::milliseconds{250}) {
             reported = now;
@@ -296,7 +287,6 @@ class Writer {
   SavePlan const& plan_;
   SaveSettings const& settings_;
   Budget budget_;
-  Lease* lease_;
   Stopwatch& watch_;
   std::vector<std::unique_ptr<WritableFile>> files_;
   std::mutex open_mutex_;

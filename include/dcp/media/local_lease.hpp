@@ -12,17 +12,20 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cerrno>
 #include <charconv>
 #include <chrono>
+#include <condition_variable>
 #include <csignal>
 #include <cstdint>
 #include <ctime>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <system_error>
+#include <thread>
+#include <utility>
 
 #include <sys/file.h>
 #include <sys/stat.h>
@@ -80,14 +83,51 @@ bool lease_is_alive(FileHandle const& file, bool locks) {
   return young && !gone;
 }
 
+/// Renews a file's modification time until it is destroyed, from a thread of its own: whoever holds a lease may wait for other ranks
+/// longer than a lease lives.
+template <class = Deferred>
+class Heart {
+ public:
+  Heart(FileHandle const& file, std::chrono::milliseconds interval) try
+      : thread_{[this, &file, interval] {
+          std::unique_lock lock{mutex_};
+          // A beat that fails is no reason to fail a save: the lock still stands.
+          while (!stopped_.wait_for(lock, interval, [this] { return stop_; })) ::futimens(file.descriptor(), nullptr);
+        }} {
+  } catch (std::system_error const& error) {
+    throw system_failure(error.code().value(), "cannot start the thread that keeps the lease alive", file.path());
+  }
+  Heart(Heart const&) = delete;
+  Heart& operator=(Heart const&) = delete;
+  ~Heart() {
+    {
+      std::lock_guard const lock{mutex_};
+      stop_ = true;
+    }
+    stopped_.notify_one();
+    thread_.join();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable stopped_;
+  bool stop_ = false;
+  std::thread thread_;
+};
+
 template <class = Deferred>
 class LocalLease final : public Lease {
  public:
-  explicit LocalLease(FileHandle file, std::chrono::milliseconds interval = lease_heartbeat) : file_{std::move(file)}, interval_{interval} {}
+  explicit LocalLease(FileHandle file, std::chrono::milliseconds interval = lease_heartbeat)
+      : file_{std::move(file)}, heart_{std::make_unique<Heart<>>(file_, interval)} {}
 
   ~LocalLease() override {
-    // A child made by fork shares the lock; only who took it gives it back.
-    if (::getpid() != owner_) return;
+    // A child made by fork shares the lock, and has no thread; only who took the lease gives it back.
+    if (::getpid() != owner_) {
+      static_cast<void>(heart_.release());
+      return;
+    }
+    heart_.reset();
     // Emptied first: the directory may have been renamed since, and another machine must not take the leftover for a sign of life.
     [[maybe_unused]] int const cut = ::ftruncate(file_.descriptor(), 0);
     struct stat mine {}, named {};
@@ -96,19 +136,10 @@ class LocalLease final : public Lease {
     ::flock(file_.descriptor(), LOCK_UN);
   }
 
-  void heartbeat() override {
-    auto const now = std::chrono::steady_clock::now().time_since_epoch().count();
-    auto last = beat_.load();
-    if (now - last < std::chrono::steady_clock::duration{interval_}.count() || !beat_.compare_exchange_strong(last, now)) return;
-    // A beat that fails is no reason to fail a save: the lock still stands.
-    ::futimens(file_.descriptor(), nullptr);
-  }
-
  private:
   FileHandle file_;
-  std::chrono::milliseconds interval_;
+  std::unique_ptr<Heart<>> heart_;
   pid_t owner_ = ::getpid();
-  std::atomic<std::chrono::steady_clock::rep> beat_{std::chrono::steady_clock::now().time_since_epoch().count()};
 };
 
 /// The lease on an open lease file, or nullptr: then `replaced` says that the file has lost its name, and another try may succeed.

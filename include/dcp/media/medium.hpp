@@ -56,12 +56,11 @@ class ReadableFile {
 };
 
 /// Held while a save is under way; its release (or the death of its holder) tells others that the attempt is abandoned. Release
-/// removes the file where it was made; a directory that is published under another name must not contain it any more.
+/// removes the file where it was made; a directory that is published under another name must not contain it any more. A medium on
+/// which a sign of life stands for a lease renews it by itself.
 class Lease {
  public:
   virtual ~Lease() = default;
-  /// Renews the sign of life that stands for the lease where locks do not reach. Cheap; called while waiting and writing.
-  virtual void heartbeat() = 0;
 };
 
 /// What the checkpoint floor asks of a medium; `MediumModel` below gives it to any type that models the Medium concept.

@@ -207,7 +207,6 @@ class MemoryLease final : public Lease {
     if (store_->find(path_) == node_) store_->erase(path_);
     token_.reset();
   }
-  void heartbeat() override {}
 
  private:
   std::shared_ptr<MemoryStore> store_;
