@@ -2,6 +2,8 @@
 #pragma once
 // Bytes as the library passes them around: spans, little-endian numbers, checked arithmetic, and the flat encoding of control messages.
 
+#include <dcp/base/algorithms.hpp>
+
 #include <bit>
 #include <cstddef>
 #include <cstdint>
@@ -59,7 +61,7 @@ class ByteWriter {
     return *this;
   }
   ByteWriter& raw(ConstByteSpan bytes) {
-    bytes_.insert(bytes_.end(), bytes.begin(), bytes.end());
+    detail::append(bytes_, bytes);
     return *this;
   }
   ByteWriter& block(ConstByteSpan bytes) { return number<std::uint64_t>(bytes.size()).raw(bytes); }

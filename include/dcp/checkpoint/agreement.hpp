@@ -4,7 +4,7 @@
 // only distinct sets of names travel, each once.
 
 #include <dcp/base/config.hpp>
-#include <dcp/base/sort.hpp>
+#include <dcp/base/algorithms.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/comm/agree.hpp>
 #include <dcp/plan/schema.hpp>
@@ -112,7 +112,7 @@ AgreedState agree_state(CommRef comm, std::string_view phase, StateDict const& s
       throw annotated(Error{ErrorCode::ranks_disagree, "rank 0 and rank " + std::to_string(r) + " were given different options or places"}.with_hint("here: " + std::string{options}));
 
   std::vector<Tie> declared = local.schema.ties;
-  declared.insert(declared.end(), local.ties.begin(), local.ties.end());
+  append(declared, local.ties);
   detail::sort(declared);
   declared.erase(std::unique(declared.begin(), declared.end()), declared.end());
   std::vector<Tie> ties = agree_ties(comm, phase, state, std::move(declared));

@@ -4,7 +4,7 @@
 // of its share of the files, and learn of all of them.
 
 #include <dcp/base/config.hpp>
-#include <dcp/base/sort.hpp>
+#include <dcp/base/algorithms.hpp>
 #include <dcp/checkpoint/checksums.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/place.hpp>
@@ -234,7 +234,8 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
       throw error.with_path(located.directory + '/' + std::string{record_name});
     }
     Scan scan = storage.scan(medium, located.directory, located.has_record ? &record : nullptr);
-    scan.warnings.insert(scan.warnings.begin(), located.warnings.begin(), located.warnings.end());
+    append(located.warnings, scan.warnings);
+    scan.warnings = std::move(located.warnings);
     out.number(located.has_record).block(record_bytes).block(large).block(encode(scan));
     return out.take();
   });
@@ -320,7 +321,7 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
       } catch (Error& error) {
         throw error.with_path(opened.directory + '/' + std::string{record_name});
       }
-      catalog.values = opened.record->values;
+      catalog.values = std::move(opened.record->values);
       std::sort(catalog.values.begin(), catalog.values.end(), [](auto const& a, auto const& b) { return a.first < b.first; });
       catalog.ties.clear();
       for (auto const& [dropped, kept] : opened.record->ties) catalog.ties.push_back({dropped, kept});

@@ -7,6 +7,7 @@
 // chunk is known: the header, and tensors that are not loaded; that rank reads it. Runs that replicas read too are compared with
 // theirs (different nodes may read different copies) and counted once.
 
+#include <dcp/base/algorithms.hpp>
 #include <dcp/base/config.hpp>
 #include <dcp/checkpoint/checksums.hpp>
 #include <dcp/checkpoint/open.hpp>
@@ -243,7 +244,7 @@ class Reader {
     verification_bytes += extra;
     std::lock_guard const lock{mutex_};
     verified_bytes += verified;
-    contributions_.insert(contributions_.end(), mine.begin(), mine.end());
+    append(contributions_, mine);
   }
 
   void add_up(std::uint32_t f, std::uint64_t chunk, std::vector<Contribution>& list) {

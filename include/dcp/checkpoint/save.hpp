@@ -11,6 +11,7 @@
 //   5. commit      on rank 0: every byte written exactly once, every size as planned; index, checksums, and last the record
 //   6. publish     the attempt takes the place; all ranks learn the outcome; only then the old checkpoint is removed
 
+#include <dcp/base/algorithms.hpp>
 #include <dcp/base/config.hpp>
 #include <dcp/checkpoint/agreement.hpp>
 #include <dcp/checkpoint/options.hpp>
@@ -142,7 +143,7 @@ std::vector<std::pair<std::string, Value>> collect_values(CommRef comm, AgreedSt
   Bytes const all = reduce_to_root(
       comm, mine,
       [](Bytes a, Bytes b) {
-        a.insert(a.end(), b.begin(), b.end());
+        append(a, b);
         return a;
       },
       "save: values");
@@ -186,7 +187,7 @@ void commit_attempt(AnyMedium& medium, Attempt<>& attempt, std::map<std::string,
   for (auto const& [path, sums] : written) add(path, sums, true);
 
   std::vector<std::pair<std::string, Bytes>> small = plan.commit_files;
-  small.insert(small.end(), std::make_move_iterator(extra.begin()), std::make_move_iterator(extra.end()));
+  for (auto& file : extra) small.push_back(std::move(file));
   Bytes large;
   static_cast<void>(write_record(record, large));
   if (!large.empty()) small.emplace_back(std::string{values_name}, std::move(large));
@@ -203,7 +204,7 @@ void commit_attempt(AnyMedium& medium, Attempt<>& attempt, std::map<std::string,
   Bytes table;
   for (auto const& file : record.files) {
     auto const bytes = std::as_bytes(std::span{tables[file.path]});
-    table.insert(table.end(), bytes.begin(), bytes.end());
+    append(table, bytes);
   }
   attempt.write_file(std::string{checksums_name}, table);
   attempt.commit();

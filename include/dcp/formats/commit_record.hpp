@@ -8,6 +8,7 @@
 // little-endian, the tables of the files in the order of the list.
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/algorithms.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/checksum.hpp>
 #include <dcp/base/error.hpp>
@@ -131,7 +132,7 @@ void append_number(JsonValue const& item, DType dtype, Bytes& out) {
       }
       fits = fits || item.number(number);   // a float was written as the double of the same value: its text is nearest to that float, too
       auto const bytes = std::as_bytes(std::span{&number, 1});
-      out.insert(out.end(), bytes.begin(), bytes.end());
+      append(out, bytes);
     }
   });
   if (!fits) bad_record("a number of type " + std::string{to_string(dtype)} + " is " + shown(item.spelling()));
@@ -162,7 +163,7 @@ std::string value_fields(Value const& value, Bytes& large) {
   }
   if (value.payload.size() > inline_value_bytes) {
     out += ",\"at\":[" + std::to_string(large.size()) + ',' + std::to_string(value.payload.size()) + ']';
-    large.insert(large.end(), value.payload.begin(), value.payload.end());
+    append(large, value.payload);
     return out;
   }
   out += ",\"value\":";

@@ -8,7 +8,7 @@
 #include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
-#include <dcp/base/sort.hpp>
+#include <dcp/base/algorithms.hpp>
 #include <dcp/base/text.hpp>
 #include <dcp/formats/strict_json.hpp>
 

@@ -4,7 +4,7 @@
 
 #include <dcp/base/config.hpp>
 #include <dcp/base/error.hpp>
-#include <dcp/base/sort.hpp>
+#include <dcp/base/algorithms.hpp>
 #include <dcp/core/dtype.hpp>
 #include <dcp/core/shape.hpp>
 #include <dcp/formats/strict_json.hpp>

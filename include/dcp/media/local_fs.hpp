@@ -8,7 +8,7 @@
 #include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
-#include <dcp/base/sort.hpp>
+#include <dcp/base/algorithms.hpp>
 #include <dcp/io/file.hpp>
 #include <dcp/media/local_lease.hpp>
 #include <dcp/media/local_links.hpp>

@@ -3,7 +3,7 @@
 // What a checkpoint holds, whatever its format: tensors as boxes in files, values, tied names.
 
 #include <dcp/base/config.hpp>
-#include <dcp/base/sort.hpp>
+#include <dcp/base/algorithms.hpp>
 #include <dcp/core/box.hpp>
 #include <dcp/core/dtype.hpp>
 #include <dcp/core/value.hpp>
@@ -204,7 +204,7 @@ Catalog assemble(std::vector<FoundFile> found) {
   for (std::uint32_t f = 0; f < found.size(); ++f) {
     catalog.files.push_back({found[f].path, found[f].size, found[f].version});
     for (auto const& tensor : found[f].tensors) all.push_back({&tensor, f});
-    catalog.ties.insert(catalog.ties.end(), found[f].ties.begin(), found[f].ties.end());
+    detail::append(catalog.ties, found[f].ties);
   }
   std::stable_sort(all.begin(), all.end(), [](Reference const& a, Reference const& b) { return a.tensor->name < b.tensor->name; });
   detail::sort(catalog.ties);

@@ -3,7 +3,7 @@
 // What a state wants against what a checkpoint holds: every difference found before anything is read.
 
 #include <dcp/base/config.hpp>
-#include <dcp/base/sort.hpp>
+#include <dcp/base/algorithms.hpp>
 #include <dcp/core/cast.hpp>
 #include <dcp/plan/catalog.hpp>
 #include <dcp/plan/schema.hpp>
@@ -185,7 +185,7 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
   }
   detail::sort(used);
   for (auto const& tensor : catalog.tensors) {
-    if (std::binary_search(used.begin(), used.end(), &tensor)) continue;
+    if (detail::sorted_contains(used, &tensor)) continue;
     if (policy_of(tensor.name).allow_unexpected) result.unexpected.push_back(tensor.name);
     else problems.add(ErrorCode::unexpected_entry, tensor.name + ": in the checkpoint, but not in the state"), problems.hint("LoadOptions::on_unexpected = ignore leaves such entries out");
   }

@@ -4,7 +4,7 @@
 
 #include <dcp/base/config.hpp>
 #include <dcp/base/checksum.hpp>
-#include <dcp/base/sort.hpp>
+#include <dcp/base/algorithms.hpp>
 #include <dcp/core/state_dict.hpp>
 #include <dcp/plan/shares.hpp>
 
@@ -209,7 +209,7 @@ Schema merge_schemas(std::vector<Schema> parts, std::vector<std::int64_t> const&
       entry.first_rank = first_rank[p];
       all.entries.push_back(std::move(entry));
     }
-    all.ties.insert(all.ties.end(), parts[p].ties.begin(), parts[p].ties.end());
+    detail::append(all.ties, parts[p].ties);
   }
   std::stable_sort(all.entries.begin(), all.entries.end(),
                    [](SchemaEntry const& a, SchemaEntry const& b) { return a.name != b.name ? a.name < b.name : a.first_rank < b.first_rank; });

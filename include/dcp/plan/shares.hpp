@@ -9,7 +9,7 @@
 // replicas (least freedom) before groups with many.
 
 #include <dcp/base/config.hpp>
-#include <dcp/base/sort.hpp>
+#include <dcp/base/algorithms.hpp>
 #include <dcp/core/layout.hpp>
 #include <dcp/plan/transfer.hpp>
 

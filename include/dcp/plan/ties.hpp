@@ -3,7 +3,7 @@
 // Tensors that share memory: the same memory under two names is one tensor (tied weights); memory that overlaps otherwise is a mistake.
 
 #include <dcp/base/config.hpp>
-#include <dcp/base/sort.hpp>
+#include <dcp/base/algorithms.hpp>
 #include <dcp/plan/schema.hpp>
 
 #include <algorithm>

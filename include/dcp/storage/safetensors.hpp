@@ -7,7 +7,7 @@
 //   sharded   shard-<rank + 1>-model-... per rank, with DCP_SHARDING_INFO, as PyTorch's HuggingFaceStorageWriter writes them
 
 #include <dcp/base/config.hpp>
-#include <dcp/base/sort.hpp>
+#include <dcp/base/algorithms.hpp>
 #include <dcp/formats/hf_index.hpp>
 #include <dcp/formats/safetensors_header.hpp>
 #include <dcp/media/local_fs.hpp>
@@ -159,7 +159,7 @@ class SafeTensorsDriver final : public AnyStorage {
       for (auto const& [tensor, name] : scan.index) named.push_back(name);
       detail::sort(named);
       named.erase(std::unique(named.begin(), named.end()), named.end());
-      if (single && !std::binary_search(named.begin(), named.end(), hf::single_file_name)) {
+      if (single && !sorted_contains(named, hf::single_file_name)) {
         // Its files are gone, or it would have been decided above.
         scan = Scan{};
         scan.directory = path;
@@ -169,7 +169,7 @@ class SafeTensorsDriver final : public AnyStorage {
       }
       if (auto const files = files_by_name(named); files != 0 && files != named.size()) scan.warnings.push_back("the index names " + std::to_string(named.size()) + " files, and their names speak of " + std::to_string(files));
       for (auto const& name : scan.files)
-        if (!std::binary_search(named.begin(), named.end(), name)) scan.warnings.push_back(name + " is not in the index and is left out");
+        if (!sorted_contains(named, name)) scan.warnings.push_back(name + " is not in the index and is left out");
       for (auto const& name : named)
         if (medium.kind(path + '/' + name) == EntryKind::missing) throw Error{ErrorCode::missing_file, "the index names the file " + name + ", which is not there"}.with_path(file);
       scan.files = std::move(named);
@@ -207,7 +207,7 @@ class SafeTensorsDriver final : public AnyStorage {
         names.push_back(tensor.name);
       }
       detail::sort(names);
-      auto const is_tensor = [&](std::string_view name) { return std::binary_search(names.begin(), names.end(), name); };
+      auto const is_tensor = [&](std::string_view name) { return sorted_contains(names, name); };
       // "dropped": "kept" is how Hugging Face notes tied weights; other texts may be anything.
       for (auto const& [key, value] : header.metadata)
         if (key != "format" && is_tensor(value) && !is_tensor(key)) found.ties.push_back({key, value});
@@ -222,7 +222,7 @@ class SafeTensorsDriver final : public AnyStorage {
     if (record != nullptr)
       for (auto& file : found) restore_names(file, record->groups);
     Catalog catalog = dcp::assemble(std::move(found));
-    catalog.warnings.insert(catalog.warnings.end(), scan.warnings.begin(), scan.warnings.end());
+    append(catalog.warnings, scan.warnings);
     return catalog;
   }
 
@@ -435,7 +435,7 @@ class SafeTensorsDriver final : public AnyStorage {
       }
     detail::sort(held);
     for (auto const& [name, file] : scan.index)
-      if (!std::binary_search(held.begin(), held.end(), std::pair<std::string_view, std::string_view>{name, file})) problems.add(ErrorCode::missing_tensor, name + ": the index puts it into " + file + ", which does not hold it");
+      if (!sorted_contains(held, std::pair<std::string_view, std::string_view>{name, file})) problems.add(ErrorCode::missing_tensor, name + ": the index puts it into " + file + ", which does not hold it");
     if (problems.empty() && !options_.ignore_total_size && scan.total_size >= 0 && static_cast<std::uint64_t>(scan.total_size) != total) {
       problems.add(ErrorCode::index_mismatch, "the index says that tensors have " + std::to_string(scan.total_size) + " bytes in all, and they have " + std::to_string(total));
       problems.hint("SafeTensorsOptions::ignore_total_size loads it nevertheless");
