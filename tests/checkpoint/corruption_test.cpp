@@ -8,12 +8,12 @@
 #include <dcp/media/memory.hpp>
 #include <dcp/storage/safetensors.hpp>
 
+#include "support/campaign.hpp"
 #include "support/generate.hpp"
 #include "support/generations.hpp"
 
 #include <doctest/doctest.h>
 
-#include <cstdlib>
 #include <fstream>
 #include <functional>
 #include <optional>
@@ -25,10 +25,10 @@
 namespace {
 
 using Storage = dcp::BasicSafeTensors<dcp::Memory>;
-using dcp::testing::GenerationState;
+using dcp::test::GenerationState;
 
 constexpr auto place = "ckpt";
-bool long_run() { return std::getenv("DCP_LONG") != nullptr; }
+using dcp::test::long_run;
 
 std::string long_text() {
   std::string text;

@@ -33,10 +33,10 @@
 
 namespace {
 
-using dcp::testing::Call;
-using dcp::testing::FaultMedium;
-using dcp::testing::FaultRule;
-using dcp::testing::GenerationState;
+using dcp::test::Call;
+using dcp::test::FaultMedium;
+using dcp::test::FaultRule;
+using dcp::test::GenerationState;
 using Faulty = FaultMedium<dcp::Memory>;
 using OnMemory = dcp::BasicSafeTensors<dcp::Memory>;
 using OnFaulty = dcp::BasicSafeTensors<Faulty>;
@@ -198,7 +198,7 @@ TEST_CASE("save: a checkpoint beside a missing place whose record cannot be read
   save_plain(store, 1);
   store.publish_new(place, "run/ckpt.dcp-00000000000000aa");   // as a crash between two renames leaves it
   Faulty faulty{store};
-  faulty.add({.call = Call::open_read, .path = "ckpt.dcp-00000000000000aa/dcp.json", .times = dcp::testing::forever, .system_error = EIO});
+  faulty.add({.call = Call::open_read, .path = "ckpt.dcp-00000000000000aa/dcp.json", .times = dcp::test::forever, .system_error = EIO});
   dcp::SelfComm self;
   GenerationState state{self, rows};
   state.fill(2);
@@ -437,7 +437,7 @@ TEST_CASE("save and load: a rank that throws, exits, is killed or is stopped in 
   for (auto const end : {End::throws, End::exits, End::killed, End::stopped})
     for (auto const& moment : moments) {
       bool const loads = moment.phase.starts_with("load");
-      dcp::testing::TemporaryDirectory directory;
+      dcp::test::TemporaryDirectory directory;
       std::string const path = directory / "ckpt";
       {
         dcp::SelfComm self;
@@ -557,7 +557,7 @@ void read_while_replacing(typename dcp::BasicSafeTensors<M>::Place const& where,
 }  // namespace
 
 TEST_CASE("load: beside a writer that replaces the checkpoint again and again, each load is one generation, and none older than the last saved") {
-  dcp::testing::TemporaryDirectory directory;
+  dcp::test::TemporaryDirectory directory;
   SUBCASE("in memory") { read_while_replacing<dcp::Memory>({dcp::Memory{}, place}, 50); }
   SUBCASE("without exchange") { read_while_replacing<MemoryWithoutExchange>({MemoryWithoutExchange{dcp::Memory{}}, place}, 50); }
   SUBCASE("on the file system") { read_while_replacing<dcp::LocalFs>(directory / "ckpt", 50); }
@@ -580,7 +580,7 @@ class SmallFileSystem {
   bool make_read_only(bool read_only) const { return ::mount("none", path().c_str(), "tmpfs", MS_REMOUNT | (read_only ? static_cast<unsigned long>(MS_RDONLY) : 0), nullptr) == 0; }
 
  private:
-  dcp::testing::TemporaryDirectory directory_;
+  dcp::test::TemporaryDirectory directory_;
   bool mounted_;
 };
 

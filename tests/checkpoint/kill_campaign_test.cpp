@@ -7,6 +7,7 @@
 #include <dcp/media/local_fs.hpp>
 #include <dcp/storage/safetensors.hpp>
 
+#include "support/campaign.hpp"
 #include "support/fault_medium.hpp"
 #include "support/generate.hpp"
 #include "support/generations.hpp"
@@ -19,7 +20,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
 #include <map>
 #include <new>
 #include <string>
@@ -28,8 +28,8 @@
 
 namespace {
 
-using dcp::testing::FaultMedium;
-using dcp::testing::GenerationState;
+using dcp::test::FaultMedium;
+using dcp::test::GenerationState;
 using Clock = std::chrono::steady_clock;
 
 constexpr int ranks = 4;
@@ -109,7 +109,7 @@ void save_until_killed(dcp::test::ProcComm& comm, std::string const& place, Boar
   if (comm.rank() == kill.victim) {
     if (kill.at_call) {
       medium.clear();
-      medium.add({.nth = 1 + static_cast<std::uint64_t>(kill.when * static_cast<double>(calls)), .hook = [strike](dcp::testing::Call, std::string const&) { strike(); }});
+      medium.add({.nth = 1 + static_cast<std::uint64_t>(kill.when * static_cast<double>(calls)), .hook = [strike](dcp::test::Call, std::string const&) { strike(); }});
     } else {
       std::thread{[strike, pause = std::chrono::duration<double>(duration) * kill.when] {
         std::this_thread::sleep_for(pause);
@@ -158,7 +158,7 @@ struct Findings {
 template <class M>
 Findings campaign(std::uint64_t seed, int rounds, std::chrono::seconds most) {
   Findings findings;
-  dcp::testing::TemporaryDirectory directory;
+  dcp::test::TemporaryDirectory directory;
   std::string const place = directory / "run/ckpt";
   SharedBoard board;
   auto const until = Clock::now() + most;
@@ -202,8 +202,7 @@ Findings campaign(std::uint64_t seed, int rounds, std::chrono::seconds most) {
   return findings;
 }
 
-int rounds_of(int few, int many) { return std::getenv("DCP_LONG") != nullptr ? many : few; }
-std::chrono::seconds time_of() { return std::getenv("DCP_LONG") != nullptr ? std::chrono::hours{1} : std::chrono::seconds{30}; }
+std::chrono::seconds time_of() { return std::chrono::seconds{dcp::test::rounds(30, 3600)}; }
 
 void check(Findings const& findings, std::size_t least) {
   std::string phases;
@@ -214,7 +213,7 @@ void check(Findings const& findings, std::size_t least) {
   CHECK_MESSAGE(findings.wrong_ends == 0, findings.first);
   CHECK(findings.kills >= least);
   CHECK(findings.phases.size() >= (findings.kills >= 100 ? 6u : findings.kills >= 16 ? 3u : 1u));
-  if (std::getenv("DCP_LONG") != nullptr) MESSAGE(findings.kills << " kills, " << findings.lost << " lost, by what they left:" << phases);
+  if (dcp::test::long_run()) MESSAGE(findings.kills << " kills, " << findings.lost << " lost, by what they left:" << phases);
 }
 
 }  // namespace
@@ -222,13 +221,13 @@ void check(Findings const& findings, std::size_t least) {
 TEST_CASE("save: ranks that are killed at any time lose nothing") {
   auto const seed = dcp::test::first_seed();
   CAPTURE(seed);
-  check(campaign<dcp::LocalFs>(seed, rounds_of(180, 1000), time_of()), 5);
+  check(campaign<dcp::LocalFs>(seed, dcp::test::rounds(180, 1000), time_of()), 5);
 }
 
 TEST_CASE("save: ranks that are killed at any time lose nothing where directories cannot be exchanged either") {
   auto const seed = dcp::test::first_seed() + 1'000'000;
   CAPTURE(seed);
-  check(campaign<LocalFsWithoutExchange>(seed, rounds_of(130, 600), time_of()), 5);
+  check(campaign<LocalFsWithoutExchange>(seed, dcp::test::rounds(130, 600), time_of()), 5);
 }
 
 TEST_CASE("harness: kills show that a save which removes the old checkpoint first loses it") {

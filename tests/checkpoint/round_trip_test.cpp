@@ -12,7 +12,9 @@
 
 #include <doctest/doctest.h>
 
-#include <cstdlib>
+#include "support/campaign.hpp"
+#include "support/generate.hpp"
+
 #include <mutex>
 #include <random>
 #include <set>
@@ -22,12 +24,6 @@
 namespace {
 
 using Storage = dcp::BasicSafeTensors<dcp::Memory>;
-
-std::uint64_t campaign_seed() {
-  if (char const* text = std::getenv("DCP_SEED")) return std::strtoull(text, nullptr, 10);
-  return 20260101;
-}
-int campaign_rounds() { return std::getenv("DCP_LONG") != nullptr ? 3000 : 120; }
 
 // A tensor of the campaign: its content is a function of name and position, so that it can be checked anywhere.
 struct Subject {
@@ -165,11 +161,12 @@ std::vector<Held> hold(std::vector<Subject> const& subjects, std::vector<dcp::La
   return all;
 }
 
-std::vector<Subject> subjects_of(Generator& random, int round) {
+std::vector<Subject> subjects_of(Generator& random) {
   std::vector<dcp::DType> const dtypes{dcp::DType::f32, dcp::DType::bf16, dcp::DType::u8, dcp::DType::i64, dcp::DType::f8_e4m3, dcp::DType::boolean, dcp::DType::c64, dcp::DType::f4, dcp::DType::f6_e3m2};
   std::vector<Subject> subjects;
+  bool const large = random.chance(16);
   for (std::int64_t i = 0, count = 1 + random.up_to(8); i < count; ++i) {
-    Subject subject{"layer." + std::to_string(i) + ".weight", random.pick(dtypes), random.shape(round % 6 == 0)};
+    Subject subject{"layer." + std::to_string(i) + ".weight", random.pick(dtypes), random.shape(large)};
     if (dcp::bits_of(subject.dtype) < 8) {
       if (subject.shape.rank() == 0) subject.shape = dcp::Extents{8};
       subject.shape[subject.shape.rank() - 1] = (subject.shape[subject.shape.rank() - 1] + 7) / 8 * 8;
@@ -183,12 +180,12 @@ std::vector<Subject> subjects_of(Generator& random, int round) {
 }  // namespace
 
 TEST_CASE("law: a state saved on any mesh and placement loads on any other, bit for bit, and the bytes on the medium do not depend on the mesh") {
-  std::uint64_t const base_seed = campaign_seed();
-  for (int round = 0; round < campaign_rounds(); ++round) {
+  std::uint64_t const base_seed = dcp::test::first_seed();
+  for (int round = 0; round < dcp::test::rounds(120, 3000); ++round) {
     std::uint64_t const seed = base_seed + static_cast<std::uint64_t>(round);
     CAPTURE(seed);
     Generator random{seed};
-    auto const subjects = subjects_of(random, round);
+    auto const subjects = subjects_of(random);
     dcp::SafeTensorsOptions options;
     if (random.chance(30)) options.layout = dcp::FileLayout::sharded;
     if (random.chance(30)) options.max_file_bytes = 200;
@@ -267,12 +264,12 @@ TEST_CASE("law: a state saved on any mesh and placement loads on any other, bit 
 }
 
 TEST_CASE("law: reshard moves any layout into any other, bit for bit") {
-  std::uint64_t const base_seed = campaign_seed();
-  for (int round = 0; round < campaign_rounds(); ++round) {
-    std::uint64_t const seed = base_seed + 1'000'000 + static_cast<std::uint64_t>(round);
+  std::uint64_t const base_seed = dcp::test::first_seed();
+  for (int round = 0; round < dcp::test::rounds(120, 3000); ++round) {
+    std::uint64_t const seed = base_seed + static_cast<std::uint64_t>(round);
     CAPTURE(seed);
     Generator random{seed};
-    auto const subjects = subjects_of(random, round);
+    auto const subjects = subjects_of(random);
     int const ranks = static_cast<int>(1 + random.up_to(6));
     std::vector<dcp::Layout> from, to;
     for (auto const& subject : subjects) {

@@ -45,7 +45,7 @@ TEST_CASE("intersect: boxes that touch or are empty share nothing, scalars alway
 TEST_CASE("law: the intersection holds the elements that lie in both") {
   auto const seed = first_seed();
   for (std::uint64_t round = 0; round < 5000; ++round) {
-    INFO("DCP_TEST_SEED=", seed + round);
+    INFO("DCP_SEED=", seed + round);
     Random random{seed + round};
     auto const any_box = [&](int rank) {
       Box box = Box::whole(Extents::filled(rank, 0));
@@ -77,7 +77,7 @@ TEST_CASE("law: the intersection holds the elements that lie in both") {
 TEST_CASE("law: runs visit the elements [begin, end) in order, once, where both arrays have them, and are as long as can be") {
   auto const seed = first_seed();
   for (std::uint64_t round = 0; round < 6000; ++round) {
-    INFO("DCP_TEST_SEED=", seed + round);
+    INFO("DCP_SEED=", seed + round);
     Random random{seed + round};
     Extents const shape = any_shape(random, 4, 300);
     auto const strides = [&] {

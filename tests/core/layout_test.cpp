@@ -247,7 +247,7 @@ TEST_CASE("layouts: every rank's box is the one in the Hugging Face checkpoints 
 TEST_CASE("law: a box is the indices that chunking leaves, and an empty one lies at the global end of its dimension") {
   auto const seed = first_seed();
   for (std::uint64_t round = 0; round < rounds; ++round) {
-    INFO("DCP_TEST_SEED=", seed + round);
+    INFO("DCP_SEED=", seed + round);
     Random random{seed + round};
     Layout const layout = any_layout(random);
     bool right = true;
@@ -267,7 +267,7 @@ TEST_CASE("law: a box is the indices that chunking leaves, and an empty one lies
 TEST_CASE("law: every element is held exactly `replicas` times, by ranks of the mesh only") {
   auto const seed = first_seed();
   for (std::uint64_t round = 0; round < rounds; ++round) {
-    INFO("DCP_TEST_SEED=", seed + round);
+    INFO("DCP_SEED=", seed + round);
     Random random{seed + round};
     Layout const layout = any_layout(random);
     Extents const strides = row_major_strides(layout.shape);
@@ -287,7 +287,7 @@ TEST_CASE("law: every element is held exactly `replicas` times, by ranks of the 
 TEST_CASE("law: the boxes of cells are disjoint and cover, and coordinate_holding finds the cell of an element") {
   auto const seed = first_seed();
   for (std::uint64_t round = 0; round < rounds; ++round) {
-    INFO("DCP_TEST_SEED=", seed + round);
+    INFO("DCP_SEED=", seed + round);
     Random random{seed + round};
     Layout const layout = any_layout(random);
     Extents const strides = row_major_strides(layout.shape);
@@ -311,7 +311,7 @@ TEST_CASE("law: the boxes of cells are disjoint and cover, and coordinate_holdin
 TEST_CASE("law: cell and replica numbers invert their coordinates, and together name every coordinate once") {
   auto const seed = first_seed();
   for (std::uint64_t round = 0; round < rounds; ++round) {
-    INFO("DCP_TEST_SEED=", seed + round);
+    INFO("DCP_SEED=", seed + round);
     Random random{seed + round};
     Layout const layout = any_layout(random);
     REQUIRE(cells(layout) * replicas(layout) == layout.mesh.size());
@@ -334,7 +334,7 @@ TEST_CASE("law: cell and replica numbers invert their coordinates, and together 
 TEST_CASE("law: the padded box holds the logical one, at the same place, and both are what is cut from the split shape") {
   auto const seed = first_seed();
   for (std::uint64_t round = 0; round < rounds; ++round) {
-    INFO("DCP_TEST_SEED=", seed + round);
+    INFO("DCP_SEED=", seed + round);
     Random random{seed + round};
     Layout const layout = any_layout(random);
     std::int64_t total = 0;

@@ -129,7 +129,7 @@ TEST_CASE("law: every sub-mesh of 2 x 2 x 2 has the ranks of its coordinates, in
 TEST_CASE("law: coordinate_of inverts rank_at on every mesh and part of a mesh, axes of extent 1 included") {
   auto const seed = first_seed();
   for (std::uint64_t round = 0; round < 3000; ++round) {
-    INFO("DCP_TEST_SEED=", seed + round);
+    INFO("DCP_SEED=", seed + round);
     Random random{seed + round};
     MeshGeometry const mesh = any_mesh(random, 5, 48);
     check_inverse(mesh);

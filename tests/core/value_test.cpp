@@ -62,7 +62,7 @@ TEST_CASE("values: infinities and NaNs are strings of their bits, because JSON h
 TEST_CASE("law: the JSON of a double or float, read by another parser, is the same number") {
   auto const seed = test::first_seed();
   for (std::uint64_t round = 0; round < 3000; ++round) {
-    INFO("DCP_TEST_SEED=", seed + round);
+    INFO("DCP_SEED=", seed + round);
     test::Random random{seed + round};
     double const x = std::bit_cast<double>(load_little_endian<std::uint64_t>(random.bytes(8).data()));
     float const y = std::bit_cast<float>(load_little_endian<std::uint32_t>(random.bytes(4).data()));

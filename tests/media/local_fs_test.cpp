@@ -18,7 +18,7 @@
 #include <unistd.h>
 
 using namespace dcp;
-using namespace dcp::testing;
+using namespace dcp::test;
 
 TEST_CASE("LocalFs keeps the contract of a medium") {
   TemporaryDirectory directory;

@@ -12,7 +12,7 @@
 #include <string>
 
 using namespace dcp;
-using namespace dcp::testing;
+using namespace dcp::test;
 
 namespace {
 

@@ -10,7 +10,7 @@
 #include <string>
 
 using namespace dcp;
-using namespace dcp::testing;
+using namespace dcp::test;
 using dcp::detail::resolve_local_place;
 
 namespace {

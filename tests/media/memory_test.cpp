@@ -6,7 +6,7 @@
 #include <doctest/doctest.h>
 
 using namespace dcp;
-using namespace dcp::testing;
+using namespace dcp::test;
 
 TEST_CASE("Memory keeps the contract of a medium") {
   check_medium([](std::string& directory) {

@@ -11,7 +11,7 @@
 #include <thread>
 
 using namespace dcp;
-using namespace dcp::testing;
+using namespace dcp::test;
 
 namespace {
 

@@ -157,7 +157,7 @@ TEST_CASE("assemble: positions and sizes that overflow are refused, with the ten
 TEST_CASE("law: pieces that were cut from a tensor assemble to it, and lacking one they do not") {
   auto const seed = first_seed();
   for (std::uint64_t round = 0; round < 3000; ++round) {
-    INFO("DCP_TEST_SEED=", seed + round);
+    INFO("DCP_SEED=", seed + round);
     Random random{seed + round};
     Extents const shape = any_shape(random, 4, 500);
     if (shape.empty()) continue;

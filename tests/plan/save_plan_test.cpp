@@ -264,7 +264,7 @@ constexpr Rule shard_0{RuleKind::shard, 0, -1}, shard_1{RuleKind::shard, 1, -1},
 TEST_CASE("law: whatever ranks hold, their plans write every byte once, right, and every block by its one owner") {
   auto const seed = first_seed();
   for (std::uint64_t round = 0; round < 1500; ++round) {
-    INFO("DCP_TEST_SEED=", seed + round);
+    INFO("DCP_SEED=", seed + round);
     Random random{seed + round};
     Scene const scene = any_scene(random);
     auto const window = scene.options.block_bytes * static_cast<std::uint64_t>(random.one_in(3) ? 1000 : random.between(1, 20));

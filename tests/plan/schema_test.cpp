@@ -99,7 +99,7 @@ TEST_CASE("values: 1 as an int and 1 as a float, 0 and -0, and NaNs of different
 TEST_CASE("law: a schema is the same after a journey as bytes, and its digest tells layouts apart") {
   auto const seed = first_seed();
   for (std::uint64_t round = 0; round < 2000; ++round) {
-    INFO("DCP_TEST_SEED=", seed + round);
+    INFO("DCP_SEED=", seed + round);
     Random random{seed + round};
     Schema schema;
     for (auto n = random.between(0, 5); n > 0; --n) schema.entries.push_back(random.one_in(3) ? number("v" + std::to_string(n), 5, random.one_in(2)) : tensor("t" + std::to_string(n), any_layout(random), DType::bf16));

@@ -67,7 +67,7 @@ std::vector<std::int64_t> loads_by_ranges(std::vector<TensorSpec> const& tensors
 TEST_CASE("law: the replicas of a cell write it exactly, in replica order, and writer_of says who writes an element") {
   auto const seed = first_seed();
   for (std::uint64_t round = 0; round < 1500; ++round) {
-    INFO("DCP_TEST_SEED=", seed + round);
+    INFO("DCP_SEED=", seed + round);
     Random random{seed + round};
     MeshGeometry const whole = any_mesh(random, 3, 24);
     auto const tensors = any_tensors(random, whole);
@@ -105,7 +105,7 @@ TEST_CASE("law: the replicas of a cell write it exactly, in replica order, and w
 TEST_CASE("law: the largest writer has at most max(what only it holds, 1.1 x mean) + 1 MiB in mixes of FSDP, HSDP, DDP and tensor parallelism") {
   auto const seed = first_seed();
   for (std::uint64_t round = 0; round < 1500; ++round) {
-    INFO("DCP_TEST_SEED=", seed + round);
+    INFO("DCP_SEED=", seed + round);
     Random random{seed + round};
     std::int64_t const dp = random.between(1, 8), tp = random.between(1, 8);
     MeshGeometry const mesh = mesh_of({dp, tp});

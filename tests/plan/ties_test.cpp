@@ -93,7 +93,7 @@ TEST_CASE("law: tensors are reported to overlap exactly if they share an element
   auto const seed = first_seed();
   int overlaps = 0;
   for (std::uint64_t round = 0; round < 1500; ++round) {
-    INFO("DCP_TEST_SEED=", seed + round);
+    INFO("DCP_SEED=", seed + round);
     Random random{seed + round};
     std::vector<std::int16_t> memory(200);
     std::vector<int> users(200, 0);

@@ -74,7 +74,7 @@ std::uint64_t element(Bytes const& bytes, std::uint64_t first_byte, std::int64_t
 TEST_CASE("law: the runs of a transfer move every element of the part from its place in the file to its place in memory, and touch nothing else") {
   auto const seed = first_seed();
   for (std::uint64_t round = 0; round < 5000; ++round) {
-    INFO("DCP_TEST_SEED=", seed + round);
+    INFO("DCP_SEED=", seed + round);
     Random random{seed + round};
     Piece piece = any_piece(random, random.one_in(3));
     int const bits = bits_of(piece.dtype);
@@ -123,7 +123,7 @@ TEST_CASE("law: the runs of a transfer move every element of the part from its p
 TEST_CASE("law: elements_before counts the elements that begin before a position, and position_of rises") {
   auto const seed = first_seed();
   for (std::uint64_t round = 0; round < 3000; ++round) {
-    INFO("DCP_TEST_SEED=", seed + round);
+    INFO("DCP_SEED=", seed + round);
     Random random{seed + round};
     Piece piece = any_piece(random, random.one_in(4));
     Transfer transfer = piece.transfer();
@@ -154,7 +154,7 @@ TEST_CASE("law: elements_before counts the elements that begin before a position
 TEST_CASE("law: file runs are the longest, and hold the same bytes as the runs in both") {
   auto const seed = first_seed();
   for (std::uint64_t round = 0; round < 3000; ++round) {
-    INFO("DCP_TEST_SEED=", seed + round);
+    INFO("DCP_SEED=", seed + round);
     Random random{seed + round};
     Piece piece = any_piece(random, random.one_in(4));
     Transfer const transfer = piece.transfer();
@@ -178,7 +178,7 @@ TEST_CASE("law: on_byte_boundaries is whether every run of the part begins and e
   auto const seed = first_seed();
   int refused = 0, allowed = 0;
   for (std::uint64_t round = 0; round < 4000; ++round) {
-    INFO("DCP_TEST_SEED=", seed + round);
+    INFO("DCP_SEED=", seed + round);
     Random random{seed + round};
     DType const dtype = random.one_in(2) ? DType::f4 : DType::f6_e2m3;
     std::int64_t const bits = bits_of(dtype);

@@ -26,7 +26,7 @@
 #include <unistd.h>
 
 namespace fs = std::filesystem;
-using dcp::testing::TemporaryDirectory;
+using dcp::test::TemporaryDirectory;
 using golden::file_with;
 using golden::outcome;
 
@@ -442,10 +442,10 @@ TEST_CASE("pieces must fit together, and what they leave open is named (I33, I34
 }
 
 TEST_CASE("a file that shrinks or is replaced while it is read is an error, not a crash and not a mixture (S87, I31)") {
-  using Faulty = dcp::testing::FaultMedium<dcp::LocalFs>;
+  using Faulty = dcp::test::FaultMedium<dcp::LocalFs>;
   TemporaryDirectory directory;
   std::string const file = directory / "model.safetensors";
-  auto const load_with = [&](dcp::testing::FaultRule rule) {
+  auto const load_with = [&](dcp::test::FaultRule rule) {
     write(file, tensors({"a", "b"}));
     Faulty medium{dcp::LocalFs{}};
     medium.add(std::move(rule));
@@ -455,25 +455,25 @@ TEST_CASE("a file that shrinks or is replaced while it is read is an error, not 
       if (medium.hits() == 0) throw dcp::Error{dcp::ErrorCode::unknown, "the rule did not act"};
     });
   };
-  auto const shrink = [&](dcp::testing::Call, std::string const&) { fs::resize_file(file, 20); };
+  auto const shrink = [&](dcp::test::Call, std::string const&) { fs::resize_file(file, 20); };
   // Headers are read when the place is opened, data after the last opening of the file.
   std::uint64_t reads = 0, opens = 0;
-  auto const count_in = [](std::uint64_t& count) { return [&count](dcp::testing::Call, std::string const&) { ++count; }; };
-  load_with({.call = dcp::testing::Call::read, .path = "model.safetensors", .times = dcp::testing::forever, .hook = count_in(reads)});
-  load_with({.call = dcp::testing::Call::open_read, .path = "model.safetensors", .times = dcp::testing::forever, .hook = count_in(opens)});
+  auto const count_in = [](std::uint64_t& count) { return [&count](dcp::test::Call, std::string const&) { ++count; }; };
+  load_with({.call = dcp::test::Call::read, .path = "model.safetensors", .times = dcp::test::forever, .hook = count_in(reads)});
+  load_with({.call = dcp::test::Call::open_read, .path = "model.safetensors", .times = dcp::test::forever, .hook = count_in(opens)});
   REQUIRE(reads >= 3);
   REQUIRE(opens >= 2);
   for (std::uint64_t nth = 1; nth <= reads; ++nth) {
     CAPTURE(nth);
-    CHECK(load_with({.call = dcp::testing::Call::read, .path = "model.safetensors", .nth = nth, .hook = shrink}) == "truncated");
+    CHECK(load_with({.call = dcp::test::Call::read, .path = "model.safetensors", .nth = nth, .hook = shrink}) == "truncated");
   }
-  CHECK(load_with({.call = dcp::testing::Call::open_read, .path = "model.safetensors", .nth = opens, .hook = shrink}) == "corrupt");
-  auto const replace = [&](dcp::testing::Call, std::string const&) {
+  CHECK(load_with({.call = dcp::test::Call::open_read, .path = "model.safetensors", .nth = opens, .hook = shrink}) == "corrupt");
+  auto const replace = [&](dcp::test::Call, std::string const&) {
     write(directory / "new", tensors({"a", "c"}));
     fs::last_write_time(directory / "new", fs::last_write_time(file) + std::chrono::milliseconds{10});
     fs::rename(directory / "new", file);
   };
-  CHECK(load_with({.call = dcp::testing::Call::open_read, .path = "model.safetensors", .nth = opens, .hook = replace}) == "io");
+  CHECK(load_with({.call = dcp::test::Call::open_read, .path = "model.safetensors", .nth = opens, .hook = replace}) == "io");
 }
 
 TEST_CASE("a file that ties many names to one tensor does not make many tensors") {

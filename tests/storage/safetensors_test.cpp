@@ -25,7 +25,7 @@ using dcp::Prefix;
 using dcp::test::HeldTensors;
 using dcp::test::made_tensor;
 using dcp::test::WholeTensor;
-using dcp::testing::TemporaryDirectory;
+using dcp::test::TemporaryDirectory;
 using golden::outcome;
 
 namespace {

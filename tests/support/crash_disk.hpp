@@ -21,7 +21,7 @@
 #include <utility>
 #include <vector>
 
-namespace dcp::testing {
+namespace dcp::test {
 
 /// What happens to bytes and names that were not synced.
 struct DropPolicy {
@@ -226,4 +226,4 @@ class Disk {
 
 }  // namespace recording
 
-}  // namespace dcp::testing
+}  // namespace dcp::test

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-// Random meshes, placements, shapes and states, for laws. A law prints the seed of the round that broke it; DCP_TEST_SEED=<seed>
+// Random meshes, placements, shapes and states, for laws. A law prints the seed of the round that broke it; DCP_SEED=<seed>
 // in the environment runs that round first.
 
 #include <dcp/core/layout.hpp>
@@ -19,7 +19,7 @@ namespace dcp::test {
 
 /// The seed that a law starts from; round i uses first_seed() + i.
 inline std::uint64_t first_seed() {
-  if (char const* const wanted = std::getenv("DCP_TEST_SEED")) return std::strtoull(wanted, nullptr, 10);
+  if (char const* const wanted = std::getenv("DCP_SEED")) return std::strtoull(wanted, nullptr, 10);
   return std::random_device{}();
 }
 

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-namespace dcp::testing {
+namespace dcp::test {
 
 /// Tensors split by rows, by columns, and not at all, smaller than a block and (with 1,100 rows) larger than a chunk of checksums;
 /// values of one kind each.
@@ -117,4 +117,4 @@ class GenerationState {
   std::string note_ = "nothing";
 };
 
-}  // namespace dcp::testing
+}  // namespace dcp::test

@@ -13,7 +13,7 @@
 #include <span>
 #include <vector>
 
-namespace dcp::testing {
+namespace dcp::test {
 
 template <class T, class P>
 struct Held {
@@ -75,4 +75,4 @@ std::vector<T> arange(std::size_t count) {
   return values;
 }
 
-}  // namespace dcp::testing
+}  // namespace dcp::test

@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-namespace dcp::testing::plain {
+namespace dcp::test::plain {
 
 struct Tensor {
   std::string dtype;
@@ -78,4 +78,4 @@ inline void write(std::string const& path, File const& file) {
   if (!out.flush()) throw std::runtime_error{"cannot write " + path};
 }
 
-}  // namespace dcp::testing::plain
+}  // namespace dcp::test::plain

@@ -10,7 +10,7 @@
 #include <memory>
 #include <string>
 
-namespace dcp::testing {
+namespace dcp::test {
 
 /// Calls body(world, directory) on `ranks` ranks, which share an empty directory. With fewer ranks than the job has, every group of that
 /// many runs the body, in a directory of its own.
@@ -31,4 +31,4 @@ void on_ranks(int ranks, Body const& body) {
   job.barrier();
 }
 
-}  // namespace dcp::testing
+}  // namespace dcp::test

@@ -9,7 +9,7 @@
 
 #include <string>
 
-namespace dcp::testing {
+namespace dcp::test {
 
 /// Calls body(world, directory) on `ranks` ranks, which share an empty directory.
 template <class Body>
@@ -18,4 +18,4 @@ void on_ranks(int ranks, Body const& body) {
   run_threads(ranks, [&](ThreadComm& world) { body(world, directory.path()); }, std::chrono::seconds{60});
 }
 
-}  // namespace dcp::testing
+}  // namespace dcp::test

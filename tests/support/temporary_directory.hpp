@@ -9,7 +9,7 @@
 
 #include <stdlib.h>
 
-namespace dcp::testing {
+namespace dcp::test {
 
 class TemporaryDirectory {
  public:
@@ -32,4 +32,4 @@ class TemporaryDirectory {
   std::string path_;
 };
 
-}  // namespace dcp::testing
+}  // namespace dcp::test

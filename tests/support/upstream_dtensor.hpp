@@ -10,7 +10,7 @@
 
 #include <set>
 
-namespace dcp::testing {
+namespace dcp::test {
 
 // Upstream: [14, 1] as Shard(0) over 4 ranks (4, 4, 4 and 2 rows) is saved and loaded into a plain tensor; it must not fail. Here the value
 // is compared too.
@@ -282,4 +282,4 @@ TEST_CASE("test_fsdp_ep: experts are entries of their ranks only, saved together
   });
 }
 
-}  // namespace dcp::testing
+}  // namespace dcp::test

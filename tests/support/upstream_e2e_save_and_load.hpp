@@ -18,7 +18,7 @@
 #include <string>
 #include <vector>
 
-namespace dcp::testing {
+namespace dcp::test {
 
 /// Upstream's TrainState: two scalars as 0-d tensors, and the losses as bytes that only it understands.
 struct TrainState {
@@ -323,4 +323,4 @@ TEST_CASE("test_init_state_dict: loading keeps every address, fills what is ther
   });
 }
 
-}  // namespace dcp::testing
+}  // namespace dcp::test

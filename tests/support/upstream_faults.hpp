@@ -12,7 +12,7 @@
 
 #include <cerrno>
 
-namespace dcp::testing {
+namespace dcp::test {
 
 using FaultyFiles = FaultMedium<LocalFs>;
 using FaultyStorage = BasicSafeTensors<FaultyFiles>;
@@ -246,4 +246,4 @@ TEST_CASE("test_load_error_handling_no_dist: whatever fails in one process is an
   });
 }
 
-}  // namespace dcp::testing
+}  // namespace dcp::test

@@ -10,7 +10,7 @@
 
 #include <map>
 
-namespace dcp::testing {
+namespace dcp::test {
 
 /// Upstream's module: linear_1 [5, 5] and [5], linear_2 [1, 5] and [1], emb [5, 10], random.
 struct Mod {
@@ -203,4 +203,4 @@ TEST_CASE("test_dtensor_checkpoint_resharding_with_empty_shard: one element over
   on_ranks(4, [](auto& world, std::string const& directory) { reshard_empty_shards(world, directory); });
 }
 
-}  // namespace dcp::testing
+}  // namespace dcp::test

@@ -12,7 +12,7 @@
 
 #include <array>
 
-namespace dcp::testing {
+namespace dcp::test {
 
 inline nlohmann::json index_of(std::string const& place) { return nlohmann::json::parse(plain::text_of(place + "/model.safetensors.index.json")); }
 
@@ -272,4 +272,4 @@ TEST_CASE("test_save_load_bytes: a list and a string take the place of others") 
   });
 }
 
-}  // namespace dcp::testing
+}  // namespace dcp::test

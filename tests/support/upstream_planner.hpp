@@ -13,7 +13,7 @@
 #include <set>
 #include <tuple>
 
-namespace dcp::testing {
+namespace dcp::test {
 
 /// The files that each of 4 ranks plans for upstream's state: a plain tensor [10], and st [32] split over the ranks. (Its third entry, a
 /// list, is a value and in no file.)
@@ -241,4 +241,4 @@ TEST_CASE("test_version_key_in_planner_data: the record of a checkpoint has a fo
   });
 }
 
-}  // namespace dcp::testing
+}  // namespace dcp::test

@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-namespace dcp::testing {
+namespace dcp::test {
 
 using RR = Placement<Replicate, Replicate>;
 using RS = Placement<Replicate, Shard<0>>;
@@ -162,4 +162,4 @@ void reshard_empty_shards(C& world, std::string const& directory) {
   });
 }
 
-}  // namespace dcp::testing
+}  // namespace dcp::test

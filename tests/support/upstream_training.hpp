@@ -17,7 +17,7 @@
 #include <string>
 #include <vector>
 
-namespace dcp::testing {
+namespace dcp::test {
 
 /// Fully sharded: rows split over all ranks.
 struct Fsdp {
@@ -253,4 +253,4 @@ std::vector<float> train(C& world, Network<Strategy>& network, Adam<Strategy>& o
   return losses;
 }
 
-}  // namespace dcp::testing
+}  // namespace dcp::test
