@@ -64,6 +64,7 @@ build_and_test() {
   if ! { cmake -S . -B "$directory" -G Ninja -DCMAKE_CXX_COMPILER="$compiler" -DCMAKE_CXX_COMPILER_LAUNCHER="$launcher" \
            -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" -DDCP_TEST_PARTS="$parts" \
            -DDCP_PYTHON="$dcp_python" -DDCP_PYTHON_REASON="$dcp_python_reason" \
+           -DDCP_MODEL="$dcp_model" -DDCP_MODEL_REASON="$dcp_model_reason" \
            -DDCP_LONG="$([ $mode = long ] && echo ON || echo OFF)" "$@" &&
          cmake --build "$directory" --parallel "$jobs" -- -k 0; } >"$directory/build.log" 2>&1; then
     grep -E -A 12 'FAILED:|error|Error' "$directory/build.log" | head -n 80
