@@ -162,7 +162,7 @@ Tally fail_every_call_of_a_save(std::uint64_t old_generation, std::vector<int> c
 
 TEST_CASE("save: any storage call that fails on any rank is one Error on all, with rank, phase, path and errno, and the old checkpoint stays") {
   auto const tally = fail_every_call_of_a_save<dcp::Memory>(1, {EIO});
-  CHECK(tally.errors > 50);
+  CHECK(tally.errors > 40);
   for (std::string const phase : {"save: attempt", "save: write", "save: commit", "save: publish"}) CHECK_MESSAGE(tally.phases.contains(phase), phase);
 }
 
@@ -423,7 +423,7 @@ TEST_CASE("save and load: a rank that throws, exits, is killed or is stopped in 
       {"save: attempt", 0, {.call = Call::resolve_place}},
       {"save: attempt", 0, {.call = Call::create_directory}},
       {"save: attempt", 1, {.call = Call::open_read}},
-      {"save: exchange", 2, {.call = Call::write, .path = ".safetensors"}},   // of what other ranks sent
+      {"save: write", 2, {.call = Call::write, .path = ".safetensors"}},   // of what other ranks sent
       {"save: write", 1, {.call = Call::sync, .path = ".safetensors"}},
       {"save: write", 0, {.call = Call::close, .path = ".safetensors"}},
       {"save: commit", 0, {.call = Call::write, .path = "dcp.crc"}},

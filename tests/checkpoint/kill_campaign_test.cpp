@@ -231,5 +231,5 @@ TEST_CASE("save: ranks that are killed at any time lose nothing where directorie
 }
 
 TEST_CASE("harness: kills show that a save which removes the old checkpoint first loses it") {
-  CHECK(campaign<LocalFsThatMakesSpace>(77, 12, std::chrono::seconds{20}).lost > 0);
+  CHECK(campaign<LocalFsThatMakesSpace>(77, 40, std::chrono::seconds{20}).lost > 0);
 }

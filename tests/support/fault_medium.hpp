@@ -202,6 +202,12 @@ class FaultMedium {
   std::unique_ptr<WritableFile> open_write(std::string const& path) {
     return rules_->run(Call::open_write, path, [&] { return std::make_unique<faults::FaultyWritableFile>(rules_, inner_.open_write(path), path); });
   }
+  std::unique_ptr<WritableFile> open_blocks(std::string const& path, std::uint64_t block, DirectIo mode) {
+    return rules_->run(Call::open_write, path, [&] {
+      MediumModel<M> inner{inner_};
+      return std::make_unique<faults::FaultyWritableFile>(rules_, inner.open_blocks(path, block, mode), path);
+    });
+  }
   std::unique_ptr<ReadableFile> open_read(std::string const& path) {
     return rules_->run(Call::open_read, path, [&] { return std::make_unique<faults::FaultyReadableFile>(rules_, inner_.open_read(path), path); });
   }

@@ -65,6 +65,14 @@ class ByteWriter {
     return *this;
   }
   ByteWriter& block(ConstByteSpan bytes) { return number<std::uint64_t>(bytes.size()).raw(bytes); }
+  /// A block of `size` bytes for the caller to fill, before anything else is appended.
+  ByteSpan block_to_fill(std::uint64_t size) {
+    number(size);
+    auto const at = bytes_.size();
+    bytes_.resize(at + static_cast<std::size_t>(size));
+    return ByteSpan{bytes_}.subspan(at);
+  }
+  void reserve(std::uint64_t size) { bytes_.reserve(static_cast<std::size_t>(size)); }
   ByteWriter& text(std::string_view text) { return block(as_byte_span(text)); }
   std::size_t size() const { return bytes_.size(); }
   Bytes take() { return std::move(bytes_); }

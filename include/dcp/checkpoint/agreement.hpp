@@ -138,7 +138,7 @@ AgreedState agree_state(CommRef comm, std::string_view phase, StateDict const& s
     std::vector<Schema> parts;
     for (std::size_t k = 0; k < kinds.size(); ++k) {
       if (kinds.size() == 1) {
-        parts.push_back(local.schema);
+        parts.push_back(std::move(local.schema));
         break;
       }
       Bytes bytes;
@@ -162,6 +162,8 @@ AgreedState agree_state(CommRef comm, std::string_view phase, StateDict const& s
       return std::any_of(agreed.schema.ties.begin(), agreed.schema.ties.end(), [&](Tie const& tie) { return tie.dropped == entry.name; });
     });
     auto const mine = entries_by_name(state);
+    agreed.tensors.reserve(entries.size());
+    agreed.local_tensors.reserve(entries.size());
     for (auto const& entry : entries) {
       auto const at = mine.find(entry.name);
       StateEntry const* here = at == mine.end() ? nullptr : at->second;

@@ -170,8 +170,9 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
     agree(comm, "load: open", [&] {
       reader.open_files();
       if (!opened.record) return;
-      auto const now = read_record(medium, locate_checkpoint(medium, place.path).directory);
-      if (!now || now->id != opened.record->id) throw Error{ErrorCode::io, "the checkpoint was replaced while it was being opened"}.with_path(place.path);
+      if (still_holds(medium, opened.directory, opened.record_bytes)) return;
+      auto const now = locate_checkpoint(medium, place.path);
+      if (!now.record || now.record->id != opened.record->id) throw Error{ErrorCode::io, "the checkpoint was replaced while it was being opened"}.with_path(place.path);
     });
     agree(comm, "load: read", [&] {
       for (std::size_t t = 0; t < agreed.tensors.size(); ++t)

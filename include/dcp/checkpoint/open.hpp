@@ -40,6 +40,10 @@ class ChecksumTable {
     auto const at = entries_.find(path);
     return at == entries_.end() ? nullptr : &at->second.file;
   }
+  bool has(std::string const& path) const {
+    RecordFile const* file = find(path);
+    return file != nullptr && file->summed;
+  }
   /// Throws Error(corrupt) if the table does not have the checksum that the record lists.
   std::vector<std::uint64_t> const& of(std::string const& path) {
     std::lock_guard const lock{*mutex_};
@@ -81,6 +85,7 @@ Error corrupt_chunk(std::string const& path, std::uint64_t file_size, std::uint6
 struct OpenedCheckpoint {
   std::string directory;
   std::optional<CommitRecord> record;   // nothing for a foreign checkpoint
+  Bytes record_bytes;                   // of its file
   Catalog catalog;
   ChecksumTable<> checksums;
   std::uint64_t verification_bytes = 0; // that this rank read to verify headers
@@ -113,8 +118,8 @@ Scan decode_scan(ByteReader in) {
 /// The directory or file that is the checkpoint of a place, and its record.
 struct Located {
   std::string directory;
-  bool has_record = false;
-  std::string id;   // in the record
+  Bytes record_bytes;                   // as they are in the file; none for a foreign checkpoint
+  std::optional<CommitRecord> record;   // without values
   std::vector<std::string> warnings;
 };
 template <class = Deferred>
@@ -140,15 +145,30 @@ Located locate_checkpoint(AnyMedium& medium, std::string place) {
   }
   if (kind == EntryKind::file) return located;
   if (kind == EntryKind::other) throw Error{ErrorCode::not_found, "the place is neither a directory nor a file"}.with_path(place);
-  auto const record = read_record(medium, located.directory);
-  located.has_record = record.has_value();
-  if (record) located.id = record->id;
+  std::string const path = located.directory + '/' + std::string{record_name};
+  try {
+    located.record_bytes = read_file(medium, path, most_record_bytes);
+    located.record = parse_record(located.record_bytes, {}, false);
+  } catch (Error& error) {
+    if (error.code() != ErrorCode::missing_file && error.code() != ErrorCode::not_found) throw error.with_path(path);
+  }
+  auto const& record = located.record;
   if (!record && medium.kind(located.directory + '/' + std::string{checksums_name}) == EntryKind::file)
     throw Error{ErrorCode::corrupt, std::string{record_name} + " is missing; " + std::string{checksums_name} + ", which is written together with it, is there"}
-        .with_path(located.directory + '/' + std::string{record_name})
+        .with_path(path)
         .with_hint("without both, the directory is loaded as a checkpoint that somebody else wrote: unverified");
   if (record && !record->committed) throw Error{ErrorCode::not_found, "the directory holds a save that was never committed"}.with_path(located.directory);
   return located;
+}
+
+/// Whether the record in `directory` is, byte by byte, the one that was read.
+template <class = Deferred>
+bool still_holds(AnyMedium& medium, std::string const& directory, Bytes const& record) {
+  try {
+    return read_file(medium, directory + '/' + std::string{record_name}, most_record_bytes) == record;
+  } catch (Error const&) {
+    return false;
+  }
 }
 
 /// What rank 0 has seen of a place while it was being opened and read.
@@ -172,7 +192,7 @@ auto again_if_replaced(CommRef comm, AnyMedium& medium, std::string const& place
       if (comm.rank() == 0) {
         std::string now;
         try {
-          now = locate_checkpoint(medium, place).id;
+          if (auto const located = locate_checkpoint(medium, place); located.record) now = located.record->id;
         } catch (Error const&) {
           // Nothing that can be read.
         }
@@ -212,12 +232,10 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
     ByteWriter out;
     if (comm.rank() != 0) return out.take();
     Located located = locate_checkpoint(medium, place);
-    seen.id = located.id;
-    Bytes record_bytes, large;
-    if (located.has_record) {
-      record_bytes = read_file(medium, located.directory + '/' + std::string{record_name}, most_record_bytes);
-      CommitRecord const files = parse_record(record_bytes, {}, false);
-      if (files.id != located.id) throw Error{ErrorCode::io, "the checkpoint was replaced while it was being opened"}.with_path(located.directory);
+    Bytes large;
+    if (located.record) {
+      CommitRecord const& files = *located.record;
+      seen.id = files.id;
       if (std::any_of(files.files.begin(), files.files.end(), [](RecordFile const& f) { return f.path == values_name; })) {
         large = read_file(medium, located.directory + '/' + std::string{values_name}, most_record_bytes);
         for (auto const& file : files.files)
@@ -227,16 +245,10 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
       if (files.storage != storage.name())
         throw Error{ErrorCode::unsupported, "the checkpoint was saved as " + files.storage + ", and is loaded as " + std::string{storage.name()}}.with_path(located.directory);
     }
-    CommitRecord record;
-    try {
-      if (located.has_record) record = parse_record(record_bytes, large);
-    } catch (Error& error) {
-      throw error.with_path(located.directory + '/' + std::string{record_name});
-    }
-    Scan scan = storage.scan(medium, located.directory, located.has_record ? &record : nullptr);
+    Scan scan = storage.scan(medium, located.directory, located.record ? &*located.record : nullptr);
     append(located.warnings, scan.warnings);
     scan.warnings = std::move(located.warnings);
-    out.number(located.has_record).block(record_bytes).block(large).block(encode(scan));
+    out.number(located.record.has_value()).block(located.record_bytes).block(large).block(encode(scan));
     return out.take();
   });
   broadcast_bytes(comm, message, 0);
@@ -250,8 +262,13 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
     bool const has_record = in.number<bool>();
     auto const record_bytes = in.block(), large = in.block();
     scan = decode_scan(ByteReader{in.block()});
-    if (has_record) opened.record = parse_record(record_bytes, large);
     opened.directory = scan.directory;
+    opened.record_bytes.assign(record_bytes.begin(), record_bytes.end());
+    try {
+      if (has_record) opened.record = parse_record(record_bytes, large);
+    } catch (Error& error) {
+      throw error.with_path(opened.directory + '/' + std::string{record_name});
+    }
     if (opened.record) opened.checksums = ChecksumTable<>{medium, opened.directory, *opened.record};
     Headers headers;
     ByteWriter out;
@@ -270,7 +287,7 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
         if (verify != Verify::none && listed->chunks() > 0) check(0);   // before a byte of it is believed
       }
       FoundFile found = storage.read_header(medium, scan, scan.files[f]);
-      if (listed != nullptr && verify != Verify::none) {
+      if (listed != nullptr && listed->summed && verify != Verify::none) {
         std::uint64_t header_end = found.size;
         for (auto const& tensor : found.tensors) header_end = std::min(header_end, tensor.offset);
         for (std::uint64_t chunk = 1; chunk * chunk_bytes < header_end; ++chunk) check(chunk);

@@ -50,8 +50,10 @@ template <class S>
 struct SaveOptions {
   IfExists if_exists = IfExists::fail;
   Check check = Check::values;
+  bool checksums = true;                                         // of the tensors' bytes; without them a load cannot verify what it reads
   std::uint64_t memory_bytes = default_memory_bytes;             // of staging on this rank, at least 16 MiB
-  int threads = 2;                                               // of this rank that write
+  int threads = 4;                                               // of this rank that write, each one write at a time
+  DirectIo direct_io = DirectIo::automatic;                      // past the page cache: a load that follows at once reads from the disk
   std::int64_t writers_per_file = 16;                            // ranks that open one file; others send their bytes to them
   std::chrono::milliseconds visible_within = std::chrono::seconds{30};   // how long a rank waits to see what rank 0 made, on network file systems
   ProgressCallback progress = {};
@@ -88,7 +90,7 @@ using LoadSettings = LoadOptions<detail::no_options>;
 namespace detail {
 template <class S>
 SaveSettings settings_of(SaveOptions<S> const& o) {
-  return {o.if_exists, o.check, o.memory_bytes, o.threads, o.writers_per_file, o.visible_within, o.progress, {}};
+  return {o.if_exists, o.check, o.checksums, o.memory_bytes, o.threads, o.direct_io, o.writers_per_file, o.visible_within, o.progress, {}};
 }
 template <class S>
 LoadSettings settings_of(LoadOptions<S> const& o) {

@@ -186,8 +186,11 @@ class Attempt {
       created_ = true;
       lease_ = medium.acquire_lease(path_ + '/' + std::string{lease_name});
       if (!lease_) throw Error{ErrorCode::io, "somebody else holds the lease of a directory that has just been made"}.with_path(path_);
+      // What is being saved is nobody's business until it is complete.
+      CommitRecord open;
+      open.id = record_.id, open.sequence = record_.sequence, open.storage = record_.storage, open.file_layout = record_.file_layout;
       Bytes none;
-      write_file_durably(medium, path_, std::string{record_name}, write_record(record_, none));
+      write_file_durably(medium, path_, std::string{record_name}, write_record(open, none));
       medium.sync_directory(parent_);
     } catch (...) {
       abandon();

@@ -16,7 +16,7 @@
 #include <dcp/checkpoint/write.hpp>
 #include <dcp/core/cast.hpp>
 #include <dcp/io/aligned_buffer.hpp>
-#include <dcp/io/parallel.hpp>
+#include <dcp/io/workers.hpp>
 #include <dcp/plan/transfer_index.hpp>
 
 #include <algorithm>
@@ -29,6 +29,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -46,12 +47,16 @@ struct Contribution {
   std::uint64_t chunk, first, bytes, raw;   // `first`: file position of the first run; `bytes`: of all runs
   bool counts;
   bool verified;                            // this rank had all of the chunk and has compared it; others need the sum nevertheless
+  std::uint32_t transfer = 0;               // on the rank that read it
 };
 
 template <class = Deferred>
 class Reader {
  public:
   static constexpr std::uint64_t gap_bytes = 32 << 10;   // a hole that is cheaper to read than to skip
+  static constexpr std::uint64_t page_bytes = 4096;
+  static constexpr std::size_t windows_ahead = 6;        // of this rank, on their way from the device
+  static constexpr std::size_t most_pieces = 1024;       // of one scattered read: IOV_MAX of Linux
 
   /// `loaded`: per file, the ranges of all tensors that ranks load, sorted
   Reader(CommRef comm, AnyMedium& medium, OpenedCheckpoint& opened, std::vector<Transfer> transfers, std::vector<ReadPurpose> purposes, std::vector<std::vector<FileRange>> loaded,
@@ -70,30 +75,33 @@ class Reader {
 
   void read() {
     auto const windows = index_.windows(budget_.buffer_bytes);
-    std::vector<std::optional<AlignedBuffer>> buffers(budget_.threads);
     std::uint64_t total = 0;
     for (auto const& transfer : index_.transfers()) total += transfer.bytes();
     auto reported = Stopwatch::clock::now();
+    auto const alive = [&] {
+      comm_.progress();
+      auto const now = Stopwatch::clock::now();
+      if (!settings_.progress || now - reported < std::chrono::milliseconds{250}) return;
+      reported = now;
+      settings_.progress({"read", done_, total});
+    };
     // Ranks begin at different places, so that they do not all ask for the same file first.
     std::size_t const start = windows.empty() ? 0 : windows.size() * static_cast<std::size_t>(comm_.rank()) / static_cast<std::size_t>(comm_.size());
+    std::vector<AlignedBuffer> buffers(budget_.threads);
+    Workers<> workers{budget_.threads};
     // Copies that are only compared come after what they are compared with.
     for (bool const compare : {false, true}) {
       if (compare && std::none_of(purposes_.begin(), purposes_.end(), [](ReadPurpose const& p) { return p.compare; })) break;
-      parallel_for(
-          budget_.threads, windows.size(),
-          [&](std::size_t thread, std::size_t item) {
-            if (!buffers[thread]) buffers[thread].emplace(static_cast<std::size_t>(budget_.buffer_bytes + slack));
-            auto const& [f, window] = windows[(item + start) % windows.size()];
-            read_window(f, window, *buffers[thread], compare);
-          },
-          [&] {
-            comm_.progress();
-            auto const now = Stopwatch::clock::now();
-            if (settings_.progress && now - reported > std::chrono::milliseconds{250}) {
-              reported = now;
-              settings_.progress({"read", done_, total});
-            }
-          });
+      auto const window_at = [&](std::size_t w) -> auto const& { return windows[(w + start) % windows.size()]; };
+      for (std::size_t w = 0; w < windows.size(); ++w)
+        workers.submit([&, compare, w](std::size_t thread) {
+          // The device works on what comes next while this thread copies and sums up.
+          for (std::size_t next = w == 0 ? 0 : w + windows_ahead; next <= w + windows_ahead && next < windows.size(); ++next) will_read(window_at(next).first, window_at(next).second);
+          AlignedBuffer& buffer = buffers[thread];
+          if (buffer.size() == 0) buffer = AlignedBuffer{static_cast<std::size_t>(budget_.buffer_bytes + slack)};
+          read_window(window_at(w).first, window_at(w).second, buffer, compare);
+        });
+      workers.finish(alive);
     }
     watch_.here().bytes += done_;
     watch_.here().operations += operations_;
@@ -102,10 +110,7 @@ class Reader {
 
   /// Adds up the chunks that ranks read in parts. Collective.
   void verify_together() {
-    if (!verifies_) {
-      unverified_bytes += needed_;
-      return;
-    }
+    if (!verifies_) return;
     std::map<int, ByteWriter> messages;
     for (auto const& c : contributions_)
       messages[static_cast<int>((c.file * std::uint64_t{131} + c.chunk) % static_cast<std::uint64_t>(comm_.size()))]
@@ -131,7 +136,7 @@ class Reader {
   }
 
   std::uint64_t verified_bytes = 0, unverified_bytes = 0;
-  std::atomic<std::uint64_t> verification_bytes{0};
+  std::atomic<std::uint64_t> verification_bytes{0}, over_read_bytes{0};
 
  private:
   static constexpr std::uint64_t slack = 4096;   // for elements that begin in a window and end behind it
@@ -153,7 +158,16 @@ class Reader {
     }
     return *files_[f];
   }
+  bool summed(std::uint32_t f) const { return verifies_ && opened_.checksums.has(opened_.catalog.files[f].path); }
   std::string path(std::uint32_t f) const { return opened_.directory + '/' + opened_.catalog.files[f].path; }
+
+  // Tells the medium of a window, if most of it is needed: what lies between is read with it.
+  void will_read(std::uint32_t f, FileRange window) {
+    std::uint64_t needed = 0;
+    index_.for_each_in(f, window, [&](std::uint32_t t, std::int64_t from, std::int64_t to) { needed += bytes_of(index_[t].dtype, to - from); });
+    std::uint64_t const end = std::min(window.end, opened_.catalog.files[f].size);
+    if (needed * 4 >= end - window.begin) file(f).will_read(window.begin, end);
+  }
 
   void read_window(std::uint32_t f, FileRange window, AlignedBuffer& buffer, bool compare) {
     std::uint64_t const file_size = opened_.catalog.files[f].size;
@@ -164,6 +178,8 @@ class Reader {
     });
     if (runs.empty()) return;
     std::sort(runs.begin(), runs.end(), [](Run const& a, Run const& b) { return a.at < b.at; });
+    bool const as_stored = std::all_of(runs.begin(), runs.end(), [&](Run const& run) { return index_[run.transfer].dtype == index_[run.transfer].memory_dtype; });
+    if (as_stored && !compare && !(verifies_ && settings_.verify == Verify::full)) return read_straight(f, file_size, runs, buffer);
     // What to read: the runs, over small holes; whole chunks when everything is to be verified.
     std::vector<FileRange> ranges;
     std::uint64_t needed = 0;
@@ -183,7 +199,8 @@ class Reader {
       }
     }
     auto const bytes_at = [&](std::uint64_t at) { return buffer.data() + (at - window.begin); };
-    if (verifies_ && opened_.checksums.find(opened_.catalog.files[f].path) != nullptr) verify_window(f, file_size, window, runs, ranges, bytes_at);
+    bool const sums = summed(f);
+    if (sums) verify_window(f, file_size, window, runs, ranges, bytes_at);
     for (auto const& run : runs) {
       Transfer const& transfer = index_[run.transfer];
       std::byte const* from = bytes_at(run.at);
@@ -199,7 +216,116 @@ class Reader {
     done_ += needed;
     operations_ += ranges.size();
     std::lock_guard const lock{mutex_};
-    needed_ += needed;
+    if (!sums) unverified_bytes += needed;
+  }
+
+  // Runs whose elements are stored as memory holds them go straight to memory, in reads that are summed up while they are in cache.
+  void read_straight(std::uint32_t f, std::uint64_t file_size, std::vector<Run> const& runs, AlignedBuffer& scratch) {
+    constexpr std::uint64_t cached_bytes = 256 << 10;
+    ReadableFile& in = file(f);
+    bool const sums = summed(f);
+    ChunkSums found;
+    std::vector<ByteSpan> pieces;
+    std::uint64_t needed = 0, operations = 0, gaps = 0;
+    std::size_t run = 0;
+    std::uint64_t in_run = 0;   // bytes of it that earlier reads have taken
+    while (run < runs.size()) {
+      // One read: from the next byte that is needed, over runs and small holes, to about `cached_bytes`.
+      std::uint64_t const begin = runs[run].at + in_run;
+      std::uint64_t at = begin, wanted = 0, skipped = 0;
+      std::size_t const first = run;
+      std::uint64_t const first_in_run = in_run;
+      pieces.clear();
+      while (run < runs.size() && wanted < cached_bytes && pieces.size() + 2 <= most_pieces) {
+        std::uint64_t const next = runs[run].at + in_run;
+        if (next < at) break;   // two tensors of the state read the same bytes
+        if (std::uint64_t const hole = next - at; hole > 0) {
+          // A hole inside a page costs the device nothing; larger ones may add a half to what is read.
+          if (hole > scratch.size() || (hole >= page_bytes && (hole > gap_bytes || (skipped + hole) * 2 > wanted + std::min(runs[run].bytes, cached_bytes)))) break;
+          pieces.push_back(scratch.first(hole));
+          skipped += hole;
+        }
+        std::uint64_t const size = std::min(runs[run].bytes - in_run, cached_bytes - wanted);
+        pieces.push_back({runs[run].memory + in_run, static_cast<std::size_t>(size)});
+        wanted += size;
+        at = next + size;
+        in_run += size;
+        if (in_run == runs[run].bytes) ++run, in_run = 0;
+      }
+      try {
+        in.read_pieces(begin, pieces);
+      } catch (Error& error) {
+        throw error.with_path(path(f)).with_range(begin, at);
+      }
+      needed += wanted;
+      gaps += skipped;
+      ++operations;
+      if (!sums) continue;
+      std::uint64_t from = first_in_run;
+      for (std::size_t r = first; r < runs.size() && (r < run || (r == run && in_run > 0)); ++r, from = 0) {
+        std::uint64_t const to = r == run ? in_run : runs[r].bytes;
+        found.add(f, file_size, runs[r].at + from, {runs[r].memory + from, static_cast<std::size_t>(to - from)}, runs[r].transfer, purposes_[index_[runs[r].transfer].tensor].counts);
+      }
+    }
+    done_ += needed;
+    operations_ += operations;
+    over_read_bytes += gaps;
+    if (sums) return settle(f, file_size, found);
+    std::lock_guard const lock{mutex_};
+    unverified_bytes += needed;
+  }
+
+  // What the runs of a window contribute to each chunk, per transfer.
+  struct ChunkSums {
+    struct Sum {
+      PositionedCrc crc;
+      Contribution contribution;
+    };
+    std::vector<Sum> sums;                              // in the order of the file
+    std::unordered_map<std::uint32_t, std::size_t> of;  // transfer -> index into `sums`, in the last chunk
+
+    void add(std::uint32_t f, std::uint64_t file_size, std::uint64_t position, ConstByteSpan bytes, std::uint32_t transfer, bool counts) {
+      for_each_chunk(file_size, position, bytes, [&](std::uint64_t chunk, std::uint64_t offset, std::uint64_t size, ConstByteSpan part) {
+        if (sums.empty() || sums[last].contribution.chunk != chunk) of.clear();
+        if (sums.empty() || sums[last].contribution.chunk != chunk || sums[last].contribution.transfer != transfer) {
+          auto const [at, fresh] = of.try_emplace(transfer, sums.size());
+          if (fresh) sums.push_back({PositionedCrc{size}, Contribution{f, chunk, chunk * chunk_bytes + offset, 0, 0, counts, false, transfer}});
+          last = at->second;
+        }
+        sums[last].crc.add(offset, part);
+        sums[last].contribution.bytes += part.size();
+      });
+    }
+    std::size_t last = 0;
+  };
+
+  // Compares the chunks that this rank has read all of; the others are added up with those of other ranks.
+  void settle(std::uint32_t f, std::uint64_t file_size, ChunkSums& found) {
+    auto const& table = opened_.checksums.of(opened_.catalog.files[f].path);
+    std::vector<Contribution> mine;
+    std::uint64_t verified = 0;
+    for (std::size_t i = 0; i < found.sums.size();) {
+      std::uint64_t const chunk = found.sums[i].contribution.chunk, size = chunk_size(file_size, chunk);
+      std::uint64_t counted = 0, raw = 0;
+      std::size_t end = i;
+      for (; end < found.sums.size() && found.sums[end].contribution.chunk == chunk; ++end) {
+        Contribution& c = found.sums[end].contribution;
+        c.raw = found.sums[end].crc.contribution();
+        if (c.counts) counted += c.bytes, raw ^= c.raw;
+      }
+      bool const all = counted == size;
+      if (all && crc64_from_raw(raw, size) != table[static_cast<std::size_t>(chunk)]) throw corrupt_chunk(path(f), file_size, chunk, tensors_in({chunk * chunk_bytes, chunk * chunk_bytes + size}, f));
+      if (all) verified += size;
+      // A chunk that one transfer fills is nobody else's business: who else reads of it has the same box, and fills it too.
+      bool const alone = all && (end - i == 1 || comm_.size() == 1);
+      for (; i < end; ++i) {
+        found.sums[i].contribution.verified = all;
+        if (!alone) mine.push_back(found.sums[i].contribution);
+      }
+    }
+    std::lock_guard const lock{mutex_};
+    verified_bytes += verified;
+    append(contributions_, mine);
   }
 
   // `bytes_at`: the buffer, where it holds the file's bytes.
@@ -315,7 +441,6 @@ class Reader {
   std::vector<std::unique_ptr<ReadableFile>> files_;
   std::mutex mutex_;
   std::vector<Contribution> contributions_;
-  std::uint64_t needed_ = 0;
   std::atomic<std::uint64_t> done_{0}, operations_{0};
 };
 

@@ -103,6 +103,7 @@ void compare_replicas(CommRef comm, AgreedState const& state) {
 template <class = Deferred>
 std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& shares, FilePlan const& plan, std::int64_t rank) {
   std::vector<Transfer> transfers;
+  transfers.reserve(plan.stored.size());
   for (auto const& stored : plan.stored) {
     TensorSpec const& tensor = state.tensors[stored.tensor];
     auto const coordinate = tensor.layout.mesh.coordinate_of(rank);
@@ -171,25 +172,25 @@ std::vector<std::pair<std::string, Value>> collect_values(CommRef comm, AgreedSt
 /// Rank 0's part of the end: every byte accounted for, then index files, checksums, record.
 template <class = Deferred>
 void commit_attempt(AnyMedium& medium, Attempt<>& attempt, std::map<std::string, FileSums> const& written, FilePlan const& plan, std::vector<std::pair<std::string, Bytes>> extra,
-                           std::vector<std::pair<std::string, Value>> values) {
+                    std::vector<std::pair<std::string, Value>> values, bool checksums_of_data) {
   CommitRecord& record = attempt.record();
   record.values = std::move(values);
   std::map<std::string, std::vector<std::uint64_t>> tables;
   for (auto const& file : plan.files)
     if (!written.contains(file.path)) throw Error{ErrorCode::incomplete, "nobody wrote this file"}.with_path(attempt.path() + '/' + file.path);
   auto const add = [&](std::string const& path, FileSums const& sums, bool data) {
-    FileChecksums checksums = finish_sums(path, sums);
+    bool const summed = !data || checksums_of_data;
+    FileChecksums checksums = finish_sums(path, sums, summed);
     std::uint64_t const size = medium.open_read(attempt.path() + '/' + path)->size();
     if (size != sums.size) throw Error{ErrorCode::incomplete, "the file has " + std::to_string(size) + " bytes, planned were " + std::to_string(sums.size)}.with_path(attempt.path() + '/' + path);
-    record.files.push_back({path, sums.size, checksums.file, crc64(std::as_bytes(std::span{checksums.chunks})), data});
+    record.files.push_back({path, sums.size, checksums.file, crc64(std::as_bytes(std::span{checksums.chunks})), data, summed});
     tables[path] = std::move(checksums.chunks);
   };
   for (auto const& [path, sums] : written) add(path, sums, true);
 
   std::vector<std::pair<std::string, Bytes>> small = plan.commit_files;
   for (auto& file : extra) small.push_back(std::move(file));
-  Bytes large;
-  static_cast<void>(write_record(record, large));
+  Bytes large = large_values(record);
   if (!large.empty()) small.emplace_back(std::string{values_name}, std::move(large));
   for (auto const& [path, bytes] : small) {
     if (tables.contains(path) || path == record_name || path == checksums_name || path == lease_name)
@@ -219,7 +220,7 @@ Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
 
   watch.enter("agree");
   std::string const options = std::string{storage.name()} + ' ' + storage.options_text() + (settings.if_exists == IfExists::replace ? " replace" : " fail") +
-                              (settings.check == Check::contents ? " check=contents" : "") + " writers_per_file=" + std::to_string(settings.writers_per_file);
+                              (settings.check == Check::contents ? " check=contents" : "") + (settings.checksums ? "" : " checksums=none") + " writers_per_file=" + std::to_string(settings.writers_per_file);
   agree(comm, "save: agree", [&] {
     check_resources(settings.memory_bytes, settings.threads);
     if (settings.writers_per_file < 1) throw Error{ErrorCode::invalid_argument, "writers_per_file is " + std::to_string(settings.writers_per_file)};
@@ -258,6 +259,7 @@ Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
       record.storage = storage.name();
       record.file_layout = storage.file_layout();
       record.groups = storage.groups();
+      record.tensors.reserve(agreed.tensors.size());
       for (auto const& tensor : agreed.tensors) record.tensors.push_back({tensor.name, tensor.dtype, tensor.layout.shape});
       for (auto const& tie : agreed.schema.ties) record.ties.emplace_back(tie.dropped, tie.kept);
       attempt = std::make_unique<Attempt<>>(medium, place.path, settings.if_exists == IfExists::replace, carried, std::move(record));
@@ -291,7 +293,7 @@ Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
     watch.enter("commit");
     Bytes const all = reduce_to_root(comm, encode(sums), merge_sums<>, "save: commit");
     agree(comm, "save: commit", [&] {
-      if (attempt) commit_attempt(medium, *attempt, decode_sums(all), plan.files, std::move(extra), std::move(values));
+      if (attempt) commit_attempt(medium, *attempt, decode_sums(all), plan.files, std::move(extra), std::move(values), settings.checksums);
     });
     watch.enter("publish");
     agree(comm, "save: publish", [&] {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 // Moves a rank's part of a state into the files of an attempt: what the plan says is shared goes to its owner through the
-// communicator, in rounds that a fixed budget bounds; everything else goes from staging buffers straight to its final position.
+// communicator, in rounds that a fixed budget bounds; everything else goes from staging buffers straight to its final position. The
+// caller's thread exchanges; a few others gather, checksum and write meanwhile, several writes at once.
 
 #include <dcp/base/config.hpp>
 #include <dcp/checkpoint/checksums.hpp>
@@ -9,7 +10,7 @@
 #include <dcp/checkpoint/report.hpp>
 #include <dcp/comm/agree.hpp>
 #include <dcp/io/aligned_buffer.hpp>
-#include <dcp/io/parallel.hpp>
+#include <dcp/io/workers.hpp>
 #include <dcp/media/medium.hpp>
 #include <dcp/plan/save_plan.hpp>
 
@@ -26,8 +27,8 @@
 
 namespace dcp::detail {
 
-/// How the budget is divided: a quarter each for what a round of the exchange sends and receives (the communicator holds both once
-/// more), the rest for the buffers that threads write from.
+/// How the budget is divided: an eighth each for what a round of the exchange sends and receives (the communicator holds both once
+/// more) and for what the round before received and is being written; the rest for the buffers that threads write from.
 struct Budget {
   std::uint64_t round_bytes, buffer_bytes;
   std::size_t threads;
@@ -36,9 +37,9 @@ struct Budget {
     Budget budget{};
     budget.round_bytes = std::max<std::uint64_t>(SavePlan::segment_bytes, round_down(memory_bytes / 8, SavePlan::segment_bytes));
     budget.threads = static_cast<std::size_t>(threads);
-    std::uint64_t const each = memory_bytes / 2 / budget.threads;
-    budget.buffer_bytes = std::clamp<std::uint64_t>(round_down(each, chunk_bytes), chunk_bytes, 8 * chunk_bytes);
-    budget.threads = std::clamp<std::size_t>(static_cast<std::size_t>(memory_bytes / 2 / budget.buffer_bytes), 1, budget.threads);
+    std::uint64_t const rest = memory_bytes * 3 / 8;
+    budget.buffer_bytes = std::clamp<std::uint64_t>(round_down(rest / budget.threads, chunk_bytes), chunk_bytes, 4 * chunk_bytes);
+    budget.threads = std::clamp<std::size_t>(static_cast<std::size_t>(rest / budget.buffer_bytes), 1, budget.threads);
     return budget;
   }
 };
@@ -47,8 +48,9 @@ template <class = Deferred>
 class Writer {
  public:
   Writer(CommRef comm, AnyMedium& medium, std::string directory, SavePlan const& plan, SaveSettings const& settings, Stopwatch& watch)
-      : comm_{comm}, medium_{medium}, directory_{std::move(directory)}, plan_{plan}, settings_{settings}, budget_{Budget::of(settings.memory_bytes, settings.threads)}, watch_{watch} {
-    files_.resize(plan.files().size());
+      : comm_{comm}, medium_{medium}, directory_{std::move(directory)}, plan_{plan}, settings_{settings}, budget_{Budget::of(settings.memory_bytes, settings.threads)}, watch_{watch}, workers_{budget_.threads} {
+    files_.resize(plan_.files().size());
+    buffers_.resize(workers_.threads());
   }
 
   /// Writes, syncs and closes everything this rank owns. Collective. Returns the sums of what it wrote.
@@ -59,15 +61,18 @@ class Writer {
       // A file without bytes has no writer that would create it.
       for (std::uint32_t f = 0; f < plan_.files().size(); ++f)
         if (plan_.files()[f].size == 0 && plan_.owner_of(f, 0) == comm_.rank()) file(f);
-      write_direct();
+      workers_.finish([&] { alive(); });
+      watch_.here().bytes += total_;
+      watch_.here().operations += writes_;
+      if (settings_.progress) settings_.progress({"write", total_, total_});
       watch_.enter("sync");
-      for (auto& open : files_) {
-        if (!open) continue;
-        open->sync();
-        open->close();
-        ++watch_.here().operations;
-        comm_.progress();
-      }
+      for (auto& open : files_)
+        if (open) workers_.submit([&file = *open](std::size_t) {
+          file.sync();
+          file.close();
+        });
+      workers_.finish([&] { comm_.progress(); });
+      for (auto const& open : files_) watch_.here().operations += open ? 1 : 0;
     });
     return sums_.take();
   }
@@ -76,12 +81,8 @@ class Writer {
   struct Segment {
     std::uint32_t file;
     FileRange range;
-    Bytes bytes;
+    AlignedBuffer bytes;
     std::vector<FileRange> filled;
-  };
-  struct DirectRange {
-    std::uint32_t file;
-    FileRange range;
   };
   // One window of one file; windows of shared files are numbered in the same way on all ranks.
   struct WindowAt {
@@ -89,11 +90,20 @@ class Writer {
     FileRange range;
   };
 
+  // On the caller's thread, while others work.
+  void alive() {
+    comm_.progress();
+    auto const now = Stopwatch::clock::now();
+    if (!settings_.progress || now - reported_ < std::chrono::milliseconds{250}) return;
+    reported_ = now;
+    settings_.progress({"write", done_, total_});
+  }
+
   WritableFile& file(std::uint32_t f) {
     std::lock_guard const lock{open_mutex_};
     if (!files_[f]) {
       PlannedFile const& planned = plan_.files()[f];
-      files_[f] = medium_.open_write(directory_ + '/' + planned.path);
+      files_[f] = medium_.open_blocks(directory_ + '/' + planned.path, plan_.block_bytes(), settings_.direct_io);
       // All writers of a file set the same size, so it does not matter who comes first.
       files_[f]->resize(planned.size);
       sums_.add_empty(planned.path, planned.size);
@@ -101,11 +111,28 @@ class Writer {
     return *files_[f];
   }
 
-  void write(std::uint32_t f, std::uint64_t position, ConstByteSpan bytes) {
+  // What `fill(position, part)` puts into `bytes` goes to `position` of a file. Checksums are of what is written, not of its source, and
+  // of small blocks: what was just filled is still in cache.
+  template <class Fill>
+  void write(std::uint32_t f, std::uint64_t position, ByteSpan bytes, Fill fill) {
+    constexpr std::uint64_t cached_bytes = 256 << 10;
     PlannedFile const& planned = plan_.files()[f];
     try {
-      sums_.add(planned.path, planned.size, position, bytes);
+      std::vector<std::pair<std::uint64_t, ChunkSum>> sums;
+      for (std::uint64_t at = position; at < position + bytes.size();) {
+        std::uint64_t const begin = at, chunk = at / chunk_bytes, end = std::min<std::uint64_t>(position + bytes.size(), (chunk + 1) * chunk_bytes);
+        PositionedCrc crc{chunk_size(planned.size, chunk)};
+        while (at < end) {
+          auto const part = bytes.subspan(static_cast<std::size_t>(at - position), static_cast<std::size_t>(std::min(end, round_down(at, cached_bytes) + cached_bytes) - at));
+          fill(at, part);
+          if (settings_.checksums) crc.add(at % chunk_bytes, part);
+          at += part.size();
+        }
+        sums.emplace_back(chunk, ChunkSum{crc.contribution(), end - begin});
+      }
+      sums_.add(planned.path, planned.size, sums);
       file(f).write_at(position, bytes);
+      done_ += bytes.size();
     } catch (Error& error) {
       throw error.with_path(directory_ + '/' + planned.path).with_range(position, position + bytes.size());
     }
@@ -155,19 +182,11 @@ class Writer {
       planned.resize(static_cast<std::size_t>(horizon - next));
       round(next, planned, failure);
       for (std::size_t w = 0; w < planned.size(); ++w)
-        for (auto const& range : planned[w].direct) direct_.push_back({window_at(next + w).file, range});
+        for (auto const& range : planned[w].direct) write_direct(window_at(next + w).file, range);
       next = horizon;
     }
-    if (comm_.size() == 1) {
-      for (std::uint32_t f = 0; f < plan_.files().size(); ++f) direct_of_file(f);
-    } else {
-      for (std::uint32_t f = 0; f < plan_.files().size(); ++f)
-        if (plan_.files()[f].only_rank >= 0) direct_of_file(f);
-    }
-  }
-  void direct_of_file(std::uint32_t f) {
-    std::uint64_t const size = plan_.files()[f].size;
-    if (size > 0) direct_.push_back({f, {0, size}});
+    for (std::uint32_t f = 0; f < plan_.files().size(); ++f)
+      if (comm_.size() == 1 || plan_.files()[f].only_rank >= 0) write_direct(f, {0, plan_.files()[f].size});
   }
 
   void round(std::uint64_t first, std::vector<SavePlan::Window> const& windows, std::exception_ptr const& failure) {
@@ -176,17 +195,19 @@ class Writer {
     agree(comm_, "save: exchange", [&] {
       if (failure) std::rethrow_exception(failure);
       std::map<std::int64_t, ByteWriter> messages;
-      Bytes run;
+      std::map<std::int64_t, std::uint64_t> sizes;
+      for (auto const& window : windows)
+        for (auto const& part : window.outgoing) sizes[part.owner] += part.range.size() + 24;
+      for (auto const& [owner, size] : sizes) messages[owner].reserve(size);
       for (std::size_t w = 0; w < windows.size(); ++w) {
         std::uint32_t const f = window_at(first + w).file;
         for (auto const& part : windows[w].outgoing) {
-          run.resize(static_cast<std::size_t>(part.range.size()));
+          auto const run = messages[part.owner].number(f).number(part.range.begin).block_to_fill(part.range.size());
           plan_.gather_transfer(part.transfer, part.range, run.data());
-          messages[part.owner].number(f).number(part.range.begin).block(run);
           watch_.here().bytes += run.size();
         }
         for (auto const& range : windows[w].gathered) {
-          Segment& segment = segments.emplace_back(Segment{f, range, Bytes(static_cast<std::size_t>(range.size())), {}});
+          Segment& segment = segments.emplace_back(Segment{f, range, AlignedBuffer{static_cast<std::size_t>(range.size())}, {}});
           plan_.gather(f, range.begin, range.end, segment.bytes.data());
           plan_.for_each_local_run(f, range.begin, range.end, [&](std::uint32_t, FileRange local) { segment.filled.push_back(local); });
         }
@@ -206,10 +227,20 @@ class Writer {
           if (!in.ok()) throw Error{ErrorCode::unknown, "a message with data from rank " + std::to_string(message.rank) + " is damaged"};
           accept(segments, f, begin, run);
         }
+      for (auto& segment : segments) require_complete(segment);
+      // The budget has room for the segments of two rounds.
+      workers_.wait_until([&] { return segments_in_flight_ == 0; }, [&] { alive(); });
       for (auto& segment : segments) {
-        require_complete(segment);
-        write(segment.file, segment.range.begin, segment.bytes);
-        comm_.progress();
+        ++segments_in_flight_;
+        total_ += segment.range.size();
+        ++writes_;
+        workers_.submit(
+            [this, segment = std::make_shared<Segment>(std::move(segment))](std::size_t) mutable {
+              write(segment->file, segment->range.begin, segment->bytes.first(segment->range.size()), [](std::uint64_t, ByteSpan) {});
+              segment.reset();
+              --segments_in_flight_;
+            },
+            true);
       }
     });
   }
@@ -242,43 +273,24 @@ class Writer {
           .with_range(segment.range.begin, segment.range.end);
   }
 
-  void write_direct() {
-    // Pieces on the grid of the buffer size, so that a chunk is rarely cut.
-    std::vector<DirectRange> pieces;
-    std::uint64_t total = 0;
-    for (auto const& direct : direct_)
-      for (std::uint64_t at = direct.range.begin; at < direct.range.end;) {
-        std::uint64_t const end = std::min(direct.range.end, round_down(at, budget_.buffer_bytes) + budget_.buffer_bytes);
-        if (!pieces.empty() && pieces.back().file == direct.file && pieces.back().range.end == at && at % budget_.buffer_bytes != 0) pieces.back().range.end = end;
-        else pieces.push_back({direct.file, {at, end}});
-        total += end - at;
-        at = end;
-      }
-    std::vector<std::optional<AlignedBuffer>> buffers(budget_.threads);
-    std::atomic<std::uint64_t> done{0};
-    auto reported = Stopwatch::clock::now();
-    parallel_for(
-        budget_.threads, pieces.size(),
-        [&](std::size_t thread, std::size_t item) {
-          auto const& [f, range] = pieces[item];
-          if (!buffers[thread]) buffers[thread].emplace(static_cast<std::size_t>(budget_.buffer_bytes));
-          auto const bytes = buffers[thread]->first(range.size());
-          if (std::uint64_t const held = plan_.gather(f, range.begin, range.end, bytes.data()); held != range.size())
-            throw Error{ErrorCode::incomplete, "this rank holds " + std::to_string(held) + " of the bytes that it is to write"}.with_path(directory_ + '/' + plan_.files()[f].path).with_range(range.begin, range.end);
-          write(f, range.begin, bytes);
-          done += bytes.size();
-        },
-        [&] {
-          comm_.progress();
-          auto const now = Stopwatch::clock::now();
-          if (settings_.progress && now - reported > std::chrono::milliseconds{250}) {
-            reported = now;
-            settings_.progress({"write", done, total});
-          }
+  // Blocks that this rank owns and has all bytes of, in pieces on the grid of the buffers, so that a chunk is rarely cut.
+  void write_direct(std::uint32_t f, FileRange range) {
+    for (std::uint64_t at = range.begin; at < range.end;) {
+      std::uint64_t const end = std::min(range.end, round_down(at, budget_.buffer_bytes) + budget_.buffer_bytes);
+      total_ += end - at;
+      ++writes_;
+      workers_.submit([this, f, at, end](std::size_t thread) {
+        AlignedBuffer& buffer = buffers_[thread];
+        if (buffer.size() == 0) buffer = AlignedBuffer{static_cast<std::size_t>(budget_.buffer_bytes)};
+        std::uint64_t held = 0;
+        write(f, at, buffer.first(end - at), [&](std::uint64_t position, ByteSpan part) {
+          held += plan_.gather(f, position, position + part.size(), part.data());
+          if (held != position + part.size() - at)
+            throw Error{ErrorCode::incomplete, "this rank holds " + std::to_string(held) + " of " + std::to_string(position + part.size() - at) + " bytes that it is to write"};
         });
-    watch_.here().bytes += total;
-    watch_.here().operations += pieces.size();
-    if (settings_.progress) settings_.progress({"write", total, total});
+      });
+      at = end;
+    }
   }
 
   CommRef comm_;
@@ -293,7 +305,12 @@ class Writer {
   WrittenSums<> sums_;
   std::vector<std::uint64_t> window_base_;
   std::uint64_t windows_ = 0;
-  std::vector<DirectRange> direct_;
+  std::uint64_t total_ = 0, writes_ = 0;             // handed to the workers
+  std::atomic<std::uint64_t> done_{0};
+  std::atomic<std::int64_t> segments_in_flight_{0};
+  Stopwatch::clock::time_point reported_ = Stopwatch::clock::now();
+  std::vector<AlignedBuffer> buffers_;               // one per worker
+  Workers<> workers_;                                // last: it ends before what its jobs use
 };
 
 }  // namespace dcp::detail

@@ -45,7 +45,8 @@ struct RecordFile {
   std::uint64_t crc = 0;            // of the whole file
   std::uint64_t table_crc = 0;      // of its chunk checksums
   bool data = false;                // holds tensors; the others are indexes, values, and files that were copied in
-  std::uint64_t chunks() const { return ceil_div(size, chunk_bytes); }
+  bool summed = true;               // false: saved without checksums, so that its bytes cannot be verified
+  std::uint64_t chunks() const { return summed ? ceil_div(size, chunk_bytes) : 0; }
 };
 /// A group of names that lives in a directory of its own.
 struct RecordGroup {
@@ -254,7 +255,9 @@ CommitRecord parse_fields(JsonValue const& json, ConstByteSpan large, bool with_
   record.storage = text(json, "storage");
   record.file_layout = text(json, "file_layout");
   for (auto const& f : json.at("files").items()) {
-    RecordFile file{text(f, "path"), f.at("size").template number<std::uint64_t>(), checksum(f, "crc64"), checksum(f, "chunks_crc64"), f.contains("data") && f.at("data").boolean()};
+    bool const summed = f.contains("crc64");
+    RecordFile file{text(f, "path"), f.at("size").template number<std::uint64_t>(), summed ? checksum(f, "crc64") : 0, summed ? checksum(f, "chunks_crc64") : 0,
+                    f.contains("data") && f.at("data").boolean(), summed};
     require_inside(file.path);
     if (!record.files.empty() && file.path <= record.files.back().path) bad_record("its files are not sorted by path, each once");
     record.files.push_back(std::move(file));
@@ -295,7 +298,9 @@ Bytes write_record(CommitRecord const& record, Bytes& large) {
     out += first ? "]" : "\n ]";
   };
   list("files", record.files, [&](RecordFile const& f) {
-    out += "{\"path\":" + json_quoted(f.path) + ",\"size\":" + std::to_string(f.size) + ",\"crc64\":\"" + hex16(f.crc) + "\",\"chunks_crc64\":\"" + hex16(f.table_crc) + (f.data ? "\",\"data\":true}" : "\"}");
+    out += "{\"path\":" + json_quoted(f.path) + ",\"size\":" + std::to_string(f.size);
+    if (f.summed) out += ",\"crc64\":\"" + hex16(f.crc) + "\",\"chunks_crc64\":\"" + hex16(f.table_crc) + '"';
+    out += f.data ? ",\"data\":true}" : "}";
   });
   list("groups", record.groups, [&](RecordGroup const& g) {
     out += "{\"prefix\":" + json_quoted(g.prefix) + ",\"directory\":" + json_quoted(g.directory) + ",\"strip\":" + (g.strip ? "true" : "false") + "}";
@@ -309,6 +314,14 @@ Bytes write_record(CommitRecord const& record, Bytes& large) {
   std::string const text = detail::first_line(crc64(as_byte_span(out))) + out;
   auto const bytes = as_byte_span(text);
   return Bytes(bytes.begin(), bytes.end());
+}
+
+/// What belongs into dcp.values: the payloads of the record's large values, one after the other; nothing if all are in the record.
+template <class = Deferred>
+Bytes large_values(CommitRecord const& record) {
+  Bytes large;
+  for (auto const& value : record.values) static_cast<void>(detail::value_fields(value.second, large));
+  return large;
 }
 
 /// Reads dcp.json. `large`: the bytes of dcp.values, if the record lists that file; pass nothing to learn only what files there are.

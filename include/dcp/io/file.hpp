@@ -10,10 +10,12 @@
 #include <dcp/base/error.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <chrono>
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -22,6 +24,7 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 namespace dcp {
@@ -174,6 +177,46 @@ class FileHandle {
       throw Error{ErrorCode::truncated, "the file ends " + std::to_string(out.size() - result.done) + " bytes before the range that is wanted"}
           .with_path(path_)
           .with_range(offset, offset + out.size());
+  }
+
+  /// Fills `pieces` one after the other with what lies from `offset` on, with as few system calls as possible. Throws as read_at.
+  template <class = Deferred>
+  void read_pieces(std::uint64_t offset, std::span<ByteSpan const> pieces) const {
+    constexpr std::size_t most = 1024;   // IOV_MAX
+    while (!pieces.empty()) {
+      std::array<iovec, most> list;
+      std::size_t const count = std::min(pieces.size(), most);
+      std::uint64_t size = 0;
+      for (std::size_t i = 0; i < count; ++i) {
+        list[i] = {pieces[i].data(), pieces[i].size()};
+        size += pieces[i].size();
+      }
+      ssize_t const moved = ::preadv(descriptor_, list.data(), static_cast<int>(count), static_cast<off_t>(offset));
+      if (moved < 0 || static_cast<std::uint64_t>(moved) < size) {
+        // At the end of the file, at a signal, at 2 GiB, or for an error: what is missing is read piece by piece.
+        std::uint64_t done = moved > 0 ? static_cast<std::uint64_t>(moved) : 0, at = offset;
+        for (ByteSpan const piece : pieces.first(count)) {
+          std::uint64_t const there = std::min<std::uint64_t>(done, piece.size());
+          if (there < piece.size()) read_at(at + there, piece.subspan(static_cast<std::size_t>(there)));
+          done -= there;
+          at += piece.size();
+        }
+      }
+      offset += size;
+      pieces = pieces.subspan(count);
+    }
+  }
+
+  /// Has the system read [begin, end) into its cache in the background, unless it is there, as a few looks tell.
+  template <class = Deferred>
+  void fetch(std::uint64_t begin, std::uint64_t end) const {
+    std::byte byte{};
+    iovec const one{&byte, 1};
+    for (std::uint64_t const at : {begin, begin + (end - begin) / 2, end - 1})
+      if (::preadv2(descriptor_, &one, 1, static_cast<off_t>(at), RWF_NOWAIT) != 1) {
+        ::posix_fadvise(descriptor_, static_cast<off_t>(begin), static_cast<off_t>(end - begin), POSIX_FADV_WILLNEED);
+        return;
+      }
   }
 
   /// Writes all of `bytes` at `offset`. Throws io.

@@ -9,6 +9,7 @@
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
 #include <dcp/base/algorithms.hpp>
+#include <dcp/io/direct.hpp>
 #include <dcp/io/file.hpp>
 #include <dcp/media/local_lease.hpp>
 #include <dcp/media/local_links.hpp>
@@ -60,9 +61,24 @@ class LocalReadableFile final : public ReadableFile {
     return static_cast<std::uint64_t>(status.st_mtim.tv_sec) * 1'000'000'000 + static_cast<std::uint64_t>(status.st_mtim.tv_nsec);
   }
   void read_at(std::uint64_t offset, ByteSpan out) override { file_.read_at(offset, out); }
+  void read_pieces(std::uint64_t offset, std::span<ByteSpan const> pieces) override { file_.read_pieces(offset, pieces); }
+  void will_read(std::uint64_t begin, std::uint64_t end) override { file_.fetch(begin, end); }
 
  private:
   FileHandle file_;
+};
+
+template <class = Deferred>
+class LocalDirectFile final : public WritableFile {
+ public:
+  explicit LocalDirectFile(DirectFile<> file) : file_{std::move(file)} {}
+  void write_at(std::uint64_t offset, ConstByteSpan bytes) override { file_.write_at(offset, bytes); }
+  void resize(std::uint64_t size) override { file_.resize(size); }
+  void sync() override { file_.sync(); }
+  void close() override { file_.close(); }
+
+ private:
+  DirectFile<> file_;
 };
 
 /// The names in a directory, sorted; none if it is gone.
@@ -123,6 +139,15 @@ class LocalFs {
   template <class D = Deferred>
   std::unique_ptr<WritableFile> open_write(std::string const& path) {
     return retry_visible(options_.visible_within, [&] { return std::make_unique<detail::LocalWritableFile<D>>(FileHandle::open_write(path)); });
+  }
+
+  template <class D = Deferred>
+  std::unique_ptr<WritableFile> open_blocks(std::string const& path, std::uint64_t block, DirectIo mode) {
+    return retry_visible(options_.visible_within, [&]() -> std::unique_ptr<WritableFile> {
+      if (mode != DirectIo::never)
+        if (auto file = DirectFile<D>::open(path, block, mode == DirectIo::automatic)) return std::make_unique<detail::LocalDirectFile<D>>(std::move(*file));
+      return open_write<D>(path);
+    });
   }
 
   template <class D = Deferred>

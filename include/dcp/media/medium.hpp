@@ -15,11 +15,19 @@
 #include <concepts>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
 namespace dcp {
+
+/// Whether files are written past the page cache, straight from staging memory to the device.
+enum class DirectIo : std::uint8_t {
+  automatic,   // on local file systems of block devices: there it is faster
+  never,
+  always,      // wherever the file system takes it
+};
 
 enum class EntryKind : std::uint8_t { missing, file, directory, other };
 
@@ -53,6 +61,15 @@ class ReadableFile {
   virtual std::uint64_t version() const { return 0; }
   /// Fills all of `out` from `offset`. Throws Error(truncated) where the file ends, Error(io) where the system refuses.
   virtual void read_at(std::uint64_t offset, ByteSpan out) = 0;
+  /// Fills `pieces` one after the other with what lies from `offset` on; as read_at, in one operation where the medium can.
+  virtual void read_pieces(std::uint64_t offset, std::span<ByteSpan const> pieces) {
+    for (ByteSpan const piece : pieces) {
+      read_at(offset, piece);
+      offset += piece.size();
+    }
+  }
+  /// A hint: most of [begin, end) will be read at once, in several operations.
+  virtual void will_read(std::uint64_t begin, std::uint64_t end) { static_cast<void>(begin), static_cast<void>(end); }
 };
 
 /// Held while a save is under way; its release (or the death of its holder) tells others that the attempt is abandoned. Release
@@ -77,6 +94,9 @@ class AnyMedium {
   // Files. open_write creates the file if it is not there and never truncates it; open files outlive their names.
   virtual std::unique_ptr<WritableFile> open_write(std::string const& path) = 0;
   virtual std::unique_ptr<ReadableFile> open_read(std::string const& path) = 0;   // Error(missing_file) if it is not there
+  /// As open_write, for writes of whole blocks of `block` bytes, each of one writer, from memory at multiples of 4 KiB; only one that
+  /// ends the file may end inside a block. A medium without a faster way for these needs no such member.
+  virtual std::unique_ptr<WritableFile> open_blocks(std::string const& path, std::uint64_t block, DirectIo mode) = 0;
   virtual void rename_file(std::string const& from, std::string const& to) = 0;   // replaces `to`
   virtual void remove_file(std::string const& path) = 0;                          // no error if it is not there
 
@@ -190,6 +210,10 @@ class MediumModel final : public AnyMedium {
   bool shared_by_ranks() const override { return M::shared_by_ranks; }
   std::unique_ptr<WritableFile> open_write(std::string const& path) override { return medium_.open_write(path); }
   std::unique_ptr<ReadableFile> open_read(std::string const& path) override { return medium_.open_read(path); }
+  std::unique_ptr<WritableFile> open_blocks(std::string const& path, std::uint64_t block, DirectIo mode) override {
+    if constexpr (requires { medium_.open_blocks(path, block, mode); }) return medium_.open_blocks(path, block, mode);
+    else return medium_.open_write(path);
+  }
   void rename_file(std::string const& from, std::string const& to) override { medium_.rename_file(from, to); }
   void remove_file(std::string const& path) override { medium_.remove_file(path); }
   EntryKind kind(std::string const& path) override { return medium_.kind(path); }

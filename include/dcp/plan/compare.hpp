@@ -13,6 +13,7 @@
 #include <limits>
 #include <string>
 #include <string_view>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -100,8 +101,8 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
                    TiedNames names_tied_to, PolicyOf policy_of) {
   Comparison result;
   Problems problems;
-  std::vector<CatalogTensor const*> used;
-  std::vector<Value const*> used_values;
+  std::unordered_set<CatalogTensor const*> used;
+  std::unordered_set<Value const*> used_values;
   auto const find = [&](std::string const& name) -> CatalogTensor const* {
     if (auto const* tensor = catalog.find_tensor(name)) return tensor;
     return catalog.find_tensor(catalog.stored_name(name));
@@ -112,7 +113,7 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
     wanted.stored = find(tensor.name);
     for (auto const& other : names_tied_to(tensor.name)) {
       if (wanted.stored == nullptr) wanted.stored = find(other);
-      if (auto const* also = find(other)) used.push_back(also);
+      if (auto const* also = find(other)) used.insert(also);
     }
     if (wanted.stored == nullptr) {
       if (catalog.find_value(tensor.name) != nullptr) {
@@ -126,21 +127,20 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
       }
       continue;
     }
-    wanted.shared = std::find(used.begin(), used.end(), wanted.stored) != used.end() && names_tied_to(tensor.name).empty();
-    used.push_back(wanted.stored);
+    wanted.shared = !used.insert(wanted.stored).second && names_tied_to(tensor.name).empty();
     CatalogTensor const& stored = *wanted.stored;
-    std::string const difference = tensor.name + ": checkpoint has " + detail::describe(stored.dtype, stored.shape) + ", state wants " + detail::describe(tensor.dtype, tensor.layout.shape);
+    auto const difference = [&] { return tensor.name + ": checkpoint has " + detail::describe(stored.dtype, stored.shape) + ", state wants " + detail::describe(tensor.dtype, tensor.layout.shape); };
     if (!(stored.shape == tensor.layout.shape)) {
       if (policy.keep_shape) {
         wanted.how = WantedTensor::How::keep;
         result.kept.push_back(tensor.name);
       } else {
-        problems.add(ErrorCode::shape_mismatch, difference + " (Size mismatch)");
+        problems.add(ErrorCode::shape_mismatch, difference() + " (Size mismatch)");
         problems.hint("LoadOptions::on_shape = keep leaves such tensors unchanged");
       }
     } else if (stored.dtype != tensor.dtype) {
       if (policy.cast && can_cast(stored.dtype, tensor.dtype)) result.cast.push_back(tensor.name + ": " + std::string{to_string(stored.dtype)} + " to " + std::string{to_string(tensor.dtype)});
-      else problems.add(ErrorCode::dtype_mismatch, difference + (policy.cast ? "; there is no cast between them that keeps what it should" : ""));
+      else problems.add(ErrorCode::dtype_mismatch, difference() + (policy.cast ? "; there is no cast between them that keeps what it should" : ""));
       problems.hint("LoadOptions::on_dtype = cast converts between floats");
     }
   }
@@ -152,7 +152,7 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
     if (stored == nullptr) {
       if (find(value.name) != nullptr) {
         problems.add(ErrorCode::kind_mismatch, value.name + ": checkpoint has a tensor, state wants a value");
-        used.push_back(find(value.name));
+        used.insert(find(value.name));
       } else if (!policy.allow_missing) {
         problems.add(ErrorCode::missing_entry, value.name + ": Missing key in checkpoint; state wants a value (" + std::string{to_string(value.value_kind)} + ")");
         problems.hint("LoadOptions::on_missing = keep leaves such entries unchanged");
@@ -161,7 +161,7 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
       }
       continue;
     }
-    used_values.push_back(stored);
+    used_values.insert(stored);
     bool const stored_per_rank = stored->kind == ValueKind::per_rank;
     if (stored_per_rank != value.per_rank) {
       problems.add(ErrorCode::kind_mismatch, value.name + (stored_per_rank ? ": checkpoint has a value per rank, state wants one for all" : ": checkpoint has one value for all ranks, state wants one per rank"));
@@ -183,14 +183,13 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
     }
     wanted.stored = stored;
   }
-  detail::sort(used);
   for (auto const& tensor : catalog.tensors) {
-    if (detail::sorted_contains(used, &tensor)) continue;
+    if (used.contains(&tensor)) continue;
     if (policy_of(tensor.name).allow_unexpected) result.unexpected.push_back(tensor.name);
     else problems.add(ErrorCode::unexpected_entry, tensor.name + ": in the checkpoint, but not in the state"), problems.hint("LoadOptions::on_unexpected = ignore leaves such entries out");
   }
   for (auto const& [name, value] : catalog.values) {
-    if (std::find(used_values.begin(), used_values.end(), &value) != used_values.end()) continue;
+    if (used_values.contains(&value)) continue;
     if (policy_of(name).allow_unexpected) result.unexpected.push_back(name);
     else problems.add(ErrorCode::unexpected_entry, name + ": in the checkpoint, but not in the state"), problems.hint("LoadOptions::on_unexpected = ignore leaves such entries out");
   }

@@ -71,8 +71,8 @@ class SavePlan {
   };
   struct Window {
     std::vector<Part> outgoing;        // to other ranks
-    std::vector<FileRange> direct;     // blocks that this rank owns and has all bytes of
-    std::vector<FileRange> gathered;   // blocks that this rank owns and lacks bytes of
+    std::vector<FileRange> direct;     // blocks that this rank owns and has all bytes of, in long runs
+    std::vector<FileRange> gathered;   // all other blocks that this rank owns
   };
 
   /// `transfers`: what `rank` holds of the stored boxes (its shares), in any order.
@@ -102,6 +102,7 @@ class SavePlan {
 
   std::vector<Transfer> const& transfers() const { return index_.transfers(); }
   std::vector<PlannedFile> const& files() const { return files_.files; }
+  std::uint64_t block_bytes() const { return options_.block_bytes; }
 
   /// The rank that writes the block with `position` of file `file`.
   template <class = Deferred>
@@ -159,6 +160,8 @@ class SavePlan {
       for (; next != whole.end() && next->begin < range.end; ++next) {
         FileRange const common{std::max(at, next->begin), std::min(range.end, next->end)};
         if (common.begin >= common.end) continue;
+        // Short pieces of an owned range are written together with what comes for the gaps between them.
+        if (common.size() < options_.long_run_bytes && common.size() < range.size()) continue;
         if (at < common.begin) result.gathered.push_back({at, common.begin});
         result.direct.push_back(common);
         at = common.end;

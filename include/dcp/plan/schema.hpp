@@ -99,15 +99,21 @@ Layout decode_layout(ByteReader& in) {
 }
 }  // namespace detail
 
+/// `values`: with the CRCs of values; without, 0 stands for each.
+template <class = Deferred>
+Bytes encode_entries(std::vector<SchemaEntry> const& entries, bool values) {
+  ByteWriter out;
+  out.number<std::uint64_t>(entries.size());
+  for (auto const& entry : entries) {
+    out.text(entry.name).number(entry.is_tensor).number(entry.dtype).number(entry.value_kind).number(entry.per_rank).number(values ? entry.value_crc : 0);
+    if (entry.is_tensor) detail::encode_layout(out, entry.layout);
+  }
+  return out.take();
+}
 template <class = Deferred>
 Bytes encode(Schema const& schema) {
   ByteWriter out;
-  out.number<std::uint64_t>(schema.entries.size());
-  for (auto const& entry : schema.entries) {
-    out.text(entry.name).number(entry.is_tensor).number(entry.dtype).number(entry.value_kind).number(entry.per_rank).number(entry.value_crc);
-    if (entry.is_tensor) detail::encode_layout(out, entry.layout);
-  }
-  out.number<std::uint64_t>(schema.ties.size());
+  out.raw(encode_entries(schema.entries, true)).number<std::uint64_t>(schema.ties.size());
   for (auto const& tie : schema.ties) out.text(tie.dropped).text(tie.kept);
   return out.take();
 }
@@ -130,11 +136,7 @@ Schema decode_schema(ConstByteSpan bytes) {
 
 /// What ranks compare: equal digests, equal names, dtypes, shapes and layouts. The values' contents stay out; they have their own.
 template <class = Deferred>
-std::uint64_t schema_digest(Schema schema) {
-  for (auto& entry : schema.entries) entry.value_crc = 0;
-  schema.ties.clear();
-  return crc64(encode(schema));
-}
+std::uint64_t schema_digest(Schema const& schema) { return crc64(encode_entries(schema.entries, false)); }
 template <class = Deferred>
 std::uint64_t values_digest(Schema const& schema) {
   ByteWriter out;
@@ -175,6 +177,7 @@ Value value_now(StateEntry const& entry) {
 template <class = Deferred>
 Schema local_schema(StateDict const& state, bool with_values) {
   Schema schema;
+  schema.entries.reserve(state.entries().size());
   for (auto const i : sorted_entries(state)) {
     StateEntry const& from = state.entries()[i];
     if (from.kind == StateEntry::Kind::tie) {
@@ -204,25 +207,26 @@ Schema local_schema(StateDict const& state, bool with_values) {
 template <class = Deferred>
 Schema merge_schemas(std::vector<Schema> parts, std::vector<std::int64_t> const& first_rank, std::int64_t ranks) {
   Schema all;
+  std::vector<SchemaEntry*> entries;   // entries are large: pointers are sorted
   for (std::size_t p = 0; p < parts.size(); ++p) {
     for (auto& entry : parts[p].entries) {
       entry.first_rank = first_rank[p];
-      all.entries.push_back(std::move(entry));
+      entries.push_back(&entry);
     }
     detail::append(all.ties, parts[p].ties);
   }
-  std::stable_sort(all.entries.begin(), all.entries.end(),
-                   [](SchemaEntry const& a, SchemaEntry const& b) { return a.name != b.name ? a.name < b.name : a.first_rank < b.first_rank; });
+  if (parts.size() > 1)
+    std::sort(entries.begin(), entries.end(), [](SchemaEntry const* a, SchemaEntry const* b) { return a->name != b->name ? a->name < b->name : a->first_rank < b->first_rank; });
   detail::sort(all.ties);
   all.ties.erase(std::unique(all.ties.begin(), all.ties.end()), all.ties.end());
   Problems problems;
   auto const both = [](SchemaEntry const& a, SchemaEntry const& b) { return " on rank " + std::to_string(a.first_rank) + " and on rank " + std::to_string(b.first_rank); };
-  std::vector<SchemaEntry> merged;
-  for (std::size_t i = 0; i < all.entries.size();) {
-    SchemaEntry entry = all.entries[i];
+  all.entries.reserve(entries.size());
+  for (std::size_t i = 0; i < entries.size();) {
+    SchemaEntry& entry = all.entries.emplace_back(std::move(*entries[i]));
     std::size_t same = i + 1;
-    for (; same < all.entries.size() && all.entries[same].name == entry.name; ++same) {
-      SchemaEntry const& other = all.entries[same];
+    for (; same < entries.size() && entries[same]->name == entry.name; ++same) {
+      SchemaEntry const& other = *entries[same];
       if (entry.is_tensor != other.is_tensor) problems.add(ErrorCode::ranks_disagree, entry.name + ": a tensor and a value of the same name," + both(entry, other));
       else if (!entry.is_tensor && (entry.value_kind != other.value_kind || entry.dtype != other.dtype || entry.per_rank != other.per_rank))
         problems.add(ErrorCode::ranks_disagree, entry.name + ": values of different types," + both(entry, other));
@@ -242,11 +246,9 @@ Schema merge_schemas(std::vector<Schema> parts, std::vector<std::int64_t> const&
     } else if (entry.per_rank && same - i != parts.size()) {
       problems.add(ErrorCode::ranks_disagree, entry.name + ": a per-rank value must be listed by every rank, and rank " + std::to_string(entry.first_rank) + " lists it while others do not");
     }
-    merged.push_back(std::move(entry));
     i = same;
   }
   problems.raise();
-  all.entries = std::move(merged);
   return all;
 }
 

@@ -25,7 +25,7 @@ class TransferIndex {
   template <class = Deferred>
   explicit TransferIndex(std::vector<Transfer> transfers) : transfers_{std::move(transfers)} {
     std::erase_if(transfers_, [](Transfer const& t) { return t.begin == t.end; });
-    std::sort(transfers_.begin(), transfers_.end(), [](Transfer const& a, Transfer const& b) { return a.file != b.file ? a.file < b.file : a.file_begin() < b.file_begin(); });
+    sort();
     extents_.reserve(transfers_.size());
     // Boxes of one tensor interleave in the file, so a transfer may end before one that begins earlier: ends are running maxima.
     for (std::size_t i = 0; i < transfers_.size(); ++i) {
@@ -83,6 +83,25 @@ class TransferIndex {
   }
 
  private:
+  // By file and position. Transfers are large, so their keys are sorted; and plans make them in this order for the most part.
+  template <class = Deferred>
+  void sort() {
+    struct Key {
+      std::uint64_t begin;
+      std::uint32_t file, index;
+      bool operator<(Key const& other) const { return file != other.file ? file < other.file : begin != other.begin ? begin < other.begin : index < other.index; }
+    };
+    std::vector<Key> keys;
+    keys.reserve(transfers_.size());
+    for (std::uint32_t i = 0; i < transfers_.size(); ++i) keys.push_back({transfers_[i].file_begin(), transfers_[i].file, i});
+    if (std::is_sorted(keys.begin(), keys.end())) return;
+    std::sort(keys.begin(), keys.end());
+    std::vector<Transfer> sorted;
+    sorted.reserve(transfers_.size());
+    for (Key const& key : keys) sorted.push_back(transfers_[key.index]);
+    transfers_ = std::move(sorted);
+  }
+
   template <class Visit>
   void for_each_near(std::uint32_t file, FileRange window, Visit visit) const {
     auto const first = std::partition_point(transfers_.begin(), transfers_.end(), [&](Transfer const& t) {

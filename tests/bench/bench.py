@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the benchmarks: ours and theirs in turns, and prints one table. Called by run.sh."""
+import argparse
+import json
+import math
+import os
+import pathlib
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+
+class Side:
+    """Ranks that wait for commands on pipes."""
+
+    def __init__(self, name, folder, ranks, launch):
+        self.name, self.ranks = name, ranks
+        self.pipes = [folder / f"{name}.{r}" for r in range(ranks)]
+        for pipe in [*self.pipes, folder / f"{name}.reply"]:
+            os.mkfifo(pipe)
+        self.process = launch(folder)
+        self.commands = [open(pipe, "w") for pipe in self.pipes]
+        self.answers = open(folder / f"{name}.reply")
+
+    def do(self, verb, **words):
+        line = " ".join([verb, *(f"{k}={v}" for k, v in words.items())])
+        for pipe in self.commands:
+            print(line, file=pipe, flush=True)
+        answer = self.answers.readline()
+        if not answer:
+            sys.exit(f"{self.name}: ended during: {line}")
+        answer = json.loads(answer)
+        if answer["failed"]:
+            sys.exit(f"{self.name}: failed: {line}")
+        return answer
+
+    def quit(self):
+        for pipe in self.commands:
+            print("quit", file=pipe, flush=True)
+            pipe.close()
+        for process in self.process:
+            process.wait(timeout=60)
+
+
+def forget(place):
+    """Drops a checkpoint from the page cache."""
+    for path in pathlib.Path(place).rglob("*") if os.path.isdir(place) else [pathlib.Path(place)]:
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+class Bench:
+    def __init__(self, arguments):
+        self.arguments = arguments
+        self.rows, self.limits = [], []
+        self.repeats = arguments.repeats
+        self.sides = {}
+        self.work = pathlib.Path(arguments.work)
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(parents=True)
+
+    def start(self, ranks):
+        self.stop()
+        folder = self.work / f"pipes-{ranks}-{time.monotonic_ns()}"
+        folder.mkdir()
+        environment = dict(os.environ, OMP_NUM_THREADS="1", OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", OMPI_MCA_rmaps_base_oversubscribe="1", OMPI_MCA_btl_vader_single_copy_mechanism="none")
+        ours = lambda f: [subprocess.Popen([*self.arguments.mpirun.split(), "-n", str(ranks), self.arguments.program, str(f)], env=environment)]
+        theirs = lambda f: [subprocess.Popen([sys.executable, str(pathlib.Path(__file__).parent / "theirs.py"), str(f), str(r), str(ranks)], env=environment) for r in range(ranks)]
+        self.sides["ours"] = Side("ours", folder, ranks, ours)
+        self.sides["theirs"] = Side("theirs", folder, ranks, theirs)
+        self.ranks = ranks
+
+    def stop(self):
+        for side in self.sides.values():
+            side.quit()
+        self.sides = {}
+
+    def both(self, verb, **words):
+        for side in self.sides.values():
+            side.do(verb, **words)
+
+    def measure(self, work, cache, contestants, targets):
+        """`contestants`: name -> (side, verb, words, files to forget or None), run in turns. `targets`: (name, against, least ratio)."""
+        times = {name: [] for name in contestants}
+        for _ in range(self.repeats):
+            for name, (side, verb, words, cold) in contestants.items():
+                if cold is not None:
+                    forget(cold)
+                times[name].append(self.sides[side].do(verb, **words)["seconds"])
+        kept = {name: sorted(t[1:]) for name, t in times.items()}
+        for name, against, least in targets:
+            ratio = statistics.median(kept[against]) / statistics.median(kept[name])
+            self.rows.append({"work": work, "cache": cache, "ranks": self.ranks, "ours": name, "seconds": kept[name], "against": against, "against_seconds": kept[against], "ratio": ratio, "target": least})
+            print(self.line(self.rows[-1]), flush=True)
+
+    def bounded(self, work, what, value, unit, most):
+        self.limits.append({"work": work, "what": what, "ranks": self.ranks, "value": value, "unit": unit, "most": most})
+        print(f"{work:<42} {self.ranks} {what}: {value:.1f} {unit}, target <= {most} {'met' if value <= most else 'MISSED'}", flush=True)
+
+    @staticmethod
+    def line(row):
+        spread = lambda s: f"{statistics.median(s):8.4f} [{s[0]:.4f} {s[-1]:.4f}]"
+        verdict = "" if row["target"] is None else f">= {row['target']:<5} {'met' if row['ratio'] >= row['target'] else 'MISSED'}"
+        return f"{row['work']:<42} {row['ranks']} {row['cache']:<5} {row['ours']:<18} {spread(row['seconds'])}  {row['against']:<28} {spread(row['against_seconds'])}  {row['ratio']:6.2f}x {verdict}"
+
+    def run(self):
+        place = lambda name: str(self.work / name)
+        wanted = lambda name: not self.arguments.only or name in self.arguments.only.split(",")
+        size = {"tensors": 64, "rows": 2048, "columns": 2048}
+
+        if wanted("save") or wanted("load"):
+            self.start(2)
+            for dim in (0, 1):
+                self.both("state", **size, dim=dim)
+                self.both("fill")
+                ours = ("ours", "save", {"place": place("ours"), "files": 4}, None)
+                if not wanted("save"):
+                    continue
+                contestants = {"dcp": ours, "hf writer, consolidated": ("theirs", "save", {"with": "hf", "place": place("hf"), "files": 4}, None)}
+                targets = [("dcp", "hf writer, consolidated", 3.5)]
+                if dim == 0:
+                    contestants["dcp, no checksums"] = ("ours", "save", {"place": place("ours"), "files": 4, "checksums": 0}, None)
+                    contestants["FileSystemWriter"] = ("theirs", "save", {"with": "files", "place": place("files")}, None)
+                    (self.work / "raw").mkdir(exist_ok=True)
+                    contestants["O_DIRECT, 1 in flight"] = ("ours", "raw", {"place": place("raw"), "direct": 1}, None)
+                    targets += [("dcp", "FileSystemWriter", 1.4), ("dcp", "O_DIRECT, 1 in flight", 0.95), ("dcp", "dcp, no checksums", 0.98)]
+                self.measure(f"durable save, Shard({dim})", "-", contestants, targets)
+                extra = self.sides["ours"].do("save", place=place("ours"), files=4, memory=64 << 20)["extra_kib"]
+                self.bounded(f"durable save, Shard({dim})", "most memory beside the state, 64 MiB allowed", extra / 1024, "MiB", 64 + 16)
+            if wanted("load"):
+                self.both("state", **size, dim=0)
+                self.both("fill")
+                self.sides["ours"].do("save", place=place("ours"), files=4)
+                for how in ("hf", "files"):
+                    self.sides["theirs"].do("save", place=place(how), files=4, **{"with": how})
+                for dim in (0, 1):
+                    self.both("state", **size, dim=dim)
+                    for cache in ("warm", "cold"):
+                        cold = lambda name: place(name) if cache == "cold" else None
+                        contestants = {
+                            "dcp, verified": ("ours", "load", {"place": place("ours")}, cold("ours")),
+                            "dcp, unverified": ("ours", "load", {"place": place("ours"), "verify": "none"}, cold("ours")),
+                            "FileSystemReader": ("theirs", "load", {"place": place("files"), "with": "files"}, cold("files")),
+                            "HuggingFaceStorageReader": ("theirs", "load", {"place": place("hf"), "with": "hf"}, cold("hf")),
+                        }
+                        if cache == "cold":
+                            del contestants["dcp, unverified"]
+                            targets = [("dcp, verified", "FileSystemReader", (1.2, 1.3)[dim]), ("dcp, verified", "HuggingFaceStorageReader", 1.0)]
+                        elif dim == 0:
+                            targets = [("dcp, verified", "FileSystemReader", 0.75), ("dcp, unverified", "FileSystemReader", 1.0), ("dcp, verified", "HuggingFaceStorageReader", None), ("dcp, verified", "dcp, unverified", 0.7)]
+                        else:
+                            targets = [("dcp, verified", "FileSystemReader", 1.5), ("dcp, unverified", "FileSystemReader", 1.9), ("dcp, verified", "HuggingFaceStorageReader", 0.55), ("dcp, unverified", "HuggingFaceStorageReader", 0.8)]
+                        self.measure(("load, same layout", "load, Shard(0) to Shard(1)")[dim], cache, contestants, targets)
+                    limit = 64 << 20
+                    extra = self.sides["ours"].do("load", place=place("ours"), memory=limit)["extra_kib"]
+                    self.bounded(("load, same layout", "load, Shard(0) to Shard(1)")[dim], "most memory beside the state, 64 MiB allowed", extra / 1024, "MiB", 64 + 16)
+                    self.sides["ours"].do("clear")
+                    self.sides["ours"].do("load", place=place("ours"))
+                    self.both("check")
+        if wanted("small"):
+            self.start(1)
+            self.both("state", tensors=20000, rows=32, columns=32, dim=0)
+            self.both("fill")
+            for verb in ("save", "load"):
+                self.measure(f"20,000 tensors of 4 KiB, {verb}", "warm", {
+                    "dcp": ("ours", verb, {"place": place("small-ours")}, None),
+                    "FileSystemWriter" if verb == "save" else "FileSystemReader": ("theirs", verb, {"place": place("small-files"), "with": "files"}, None),
+                    "safetensors + fsync" if verb == "save" else "safetensors": ("theirs", verb, {"place": place("small-st"), "with": "safetensors"}, None),
+                }, [("dcp", "FileSystemWriter" if verb == "save" else "FileSystemReader", 50), ("dcp", "safetensors + fsync" if verb == "save" else "safetensors", 4)])
+            self.both("check")
+        self.stop()
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--program", required=True)
+    parser.add_argument("--mpirun", default="mpirun")
+    parser.add_argument("--work", required=True)
+    parser.add_argument("--repeats", type=int, default=8, help="the first is dropped")
+    parser.add_argument("--only", default="", help="of: save,load,small")
+    parser.add_argument("--quick", action="store_true", help="the main rows only")
+    parser.add_argument("--json")
+    parser.add_argument("--svg")
+    arguments = parser.parse_args()
+    bench = Bench(arguments)
+    bench.run()
+    machine = {"system": platform.platform(), "processor": processor(), "processors": os.cpu_count(), "python": platform.python_version(), **versions()}
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    missed = sum(row["target"] is not None and row["ratio"] < row["target"] for row in bench.rows) + sum(limit["value"] > limit["most"] for limit in bench.limits)
+    print(f"{missed} targets missed" if missed else "all targets met")
+    if arguments.json:
+        pathlib.Path(arguments.json).write_text(json.dumps({"machine": machine, "rows": bench.rows, "limits": bench.limits}, indent=1))
+    if arguments.svg:
+        pathlib.Path(arguments.svg).write_text(chart(bench.rows, machine))
+
+
+def processor():
+    for line in open("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return "unknown"
+
+
+def versions():
+    from importlib.metadata import version
+    return {name: version(name) for name in ("torch", "safetensors")}
+
+
+def chart(rows, machine):
+    """Ratios as bars, on a logarithmic scale: right of the line dcp is faster."""
+    height, left, right, scale = 22, 420, 360, 90
+    rows = [row for row in rows if not row["against"].startswith("dcp")]
+    width = left + right + 120
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height * len(rows) + 60}" font-family="sans-serif" font-size="11">',
+           f'<rect width="{width}" height="{height * len(rows) + 60}" fill="white"/>',
+           f'<text x="10" y="16" font-weight="bold">Times as fast as (medians, {machine["processors"]} processors)</text>']
+    one = left + 40
+    for i, row in enumerate(rows):
+        y = 30 + i * height
+        length = math.log2(max(row["ratio"], 0.26)) * scale / 1.5
+        x, w = (one, length) if length >= 0 else (one + length, -length)
+        out += [f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{row["work"]}, {row["cache"]}: {row["against"]}</text>'.replace(", -:", ":"),
+                f'<rect x="{x:.0f}" y="{y + 3}" width="{max(w, 1):.0f}" height="{height - 7}" fill="{"#2b7" if row["ratio"] >= 1 else "#c73"}"/>',
+                f'<text x="{max(one, one + length) + 6:.0f}" y="{y + 14}">{row["ratio"]:.2f}x  ({statistics.median(row["seconds"]):.3f} s)</text>']
+    out += [f'<line x1="{one}" y1="26" x2="{one}" y2="{30 + height * len(rows)}" stroke="black"/>',
+            f'<text x="10" y="{50 + height * len(rows)}" fill="#555">{machine["processor"]}, torch {machine["torch"]}, safetensors {machine["safetensors"]}</text>', "</svg>"]
+    return "\n".join(out) + "\n"
+
+
+main()

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0
+// Our side of the benchmarks: MPI ranks that keep a state in memory and save and load it on command.
+//
+//   mpirun -n <ranks> bench_ranks <folder>
+//
+// Each rank reads commands from the named pipe <folder>/ours.<rank>, and rank 0 answers on <folder>/ours.reply: so that ranks which wait
+// for their turn take no processor from the other side, whose turn it is. A command is words "name=value" after its verb; an answer is
+// one line of JSON. Seconds are those of the slowest rank, from a barrier on.
+//   state tensors=64 rows=2048 columns=2048 dim=0     float32, split along `dim`
+//   fill | clear | check                              the memory: a function of name and position; zeros; compared with that function
+//   save place=... files=4 checksums=1 memory=268435456
+//   load place=... verify=standard
+//   raw place=... direct=1                            the same bytes by plain writes of 4 MiB, one after the other, with fsync: no format
+//   quit
+#include <dcp/comm/mpi.hpp>
+#include <dcp/dcp.hpp>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include <fcntl.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+namespace {
+
+using Rows = dcp::Placement<dcp::Shard<0>>;
+using Columns = dcp::Placement<dcp::Shard<1>>;
+using Words = std::map<std::string, std::string>;
+
+std::int64_t number(Words const& words, std::string const& name, std::int64_t otherwise) {
+  auto const at = words.find(name);
+  return at == words.end() ? otherwise : std::stoll(at->second);
+}
+std::string text(Words const& words, std::string const& name, std::string otherwise = "") {
+  auto const at = words.find(name);
+  return at == words.end() ? otherwise : at->second;
+}
+
+// Tensors of one shape in one piece of memory, as a framework's arena would hold them.
+struct State {
+  dcp::MpiComm& world;
+  std::int64_t tensors = 0, rows = 0, columns = 0;
+  int dim = 0;
+  std::vector<float> memory;
+  dcp::Box box;
+
+  void make(Words const& words) {
+    tensors = number(words, "tensors", 64), rows = number(words, "rows", 2048), columns = number(words, "columns", 2048);
+    dim = static_cast<int>(number(words, "dim", 0));
+    dcp::DeviceMesh<1> const mesh{world, {world.size()}};
+    box = dim == 0 ? dcp::local_box<Rows>(mesh, {rows, columns}) : dcp::local_box<Columns>(mesh, {rows, columns});
+    memory = {};
+    memory.resize(static_cast<std::size_t>(tensors) * static_cast<std::size_t>(box.size()));
+  }
+  dcp::StateDict state() {
+    dcp::DeviceMesh<1> const mesh{world, {world.size()}};
+    dcp::StateDict all;
+    auto const each = static_cast<std::size_t>(box.size());
+    for (std::int64_t t = 0; t < tensors; ++t) {
+      auto const part = std::span{memory}.subspan(static_cast<std::size_t>(t) * each, each);
+      std::string const name = "layers." + std::to_string(t) + ".weight";
+      if (dim == 0) all.add(name, dcp::ShardedTensor<float, Rows>{mesh, {rows, columns}, part});
+      else all.add(name, dcp::ShardedTensor<float, Columns>{mesh, {rows, columns}, part});
+    }
+    return all;
+  }
+  // Exact in float32, and different for neighbours in every direction.
+  static float value(std::int64_t tensor, std::int64_t row, std::int64_t column) { return static_cast<float>((tensor * 7919 + row * 4099 + column) % 16777213); }
+  template <class Visit>
+  void for_each(Visit visit) {
+    std::size_t i = 0;
+    for (std::int64_t t = 0; t < tensors; ++t)
+      for (std::int64_t r = 0; r < box.shape[0]; ++r)
+        for (std::int64_t c = 0; c < box.shape[1]; ++c) visit(memory[i++], value(t, box.origin[0] + r, box.origin[1] + c));
+  }
+};
+
+std::map<std::string, int> files_of(State const& state, std::int64_t count) {
+  std::map<std::string, int> files;
+  for (std::int64_t t = 0; t < state.tensors; ++t) files["layers." + std::to_string(t) + ".weight"] = static_cast<int>(t * count / state.tensors) + 1;
+  return files;
+}
+
+void must(bool ok, char const* what) {
+  if (!ok) throw std::runtime_error{std::string{what} + ": " + std::strerror(errno)};
+}
+
+// What a disk takes: this rank's bytes into two files of its own, from an aligned buffer that they are copied to.
+void raw_writes(dcp::MpiComm& world, State const& state, std::string const& place, bool direct) {
+  constexpr std::size_t piece = 4 << 20;
+  dcp::AlignedBuffer buffer{piece};
+  auto const bytes = std::as_bytes(std::span{state.memory});
+  int const files = std::max(1, 4 / world.size());
+  for (int f = 0; f < files; ++f) {
+    auto const begin = bytes.size() * static_cast<std::size_t>(f) / static_cast<std::size_t>(files), end = bytes.size() * static_cast<std::size_t>(f + 1) / static_cast<std::size_t>(files);
+    std::string const path = place + "/raw-" + std::to_string(world.rank()) + '-' + std::to_string(f);
+    int const file = ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | (direct ? O_DIRECT : 0), 0666);
+    must(file >= 0, "open");
+    must(::ftruncate(file, static_cast<off_t>(end - begin)) == 0, "ftruncate");
+    for (std::size_t at = begin; at < end; at += piece) {
+      std::size_t const size = std::min(piece, end - at);
+      std::memcpy(buffer.data(), bytes.data() + at, size);
+      must(::pwrite(file, buffer.data(), size, static_cast<off_t>(at - begin)) == static_cast<ssize_t>(size), "pwrite");
+    }
+    must(::fsync(file) == 0, "fsync");
+    ::close(file);
+  }
+  int const directory = ::open(place.c_str(), O_RDONLY | O_DIRECTORY);
+  must(directory >= 0 && ::fsync(directory) == 0, "fsync of the directory");
+  ::close(directory);
+}
+
+dcp::Verify verify_of(std::string const& name) {
+  if (name == "none") return dcp::Verify::none;
+  return name == "full" ? dcp::Verify::full : dcp::Verify::standard;
+}
+
+// The largest resident size so far; only ever rises.
+std::int64_t peak_kib() {
+  std::ifstream in{"/proc/self/status"};
+  for (std::string line; std::getline(in, line);)
+    if (line.starts_with("VmHWM:")) return std::stoll(line.substr(6));
+  return 0;
+}
+std::int64_t resident_kib() {
+  std::ifstream in{"/proc/self/status"};
+  for (std::string line; std::getline(in, line);)
+    if (line.starts_with("VmRSS:")) return std::stoll(line.substr(6));
+  return 0;
+}
+void forget_peak() { std::ofstream{"/proc/self/clear_refs"} << 5; }
+
+int serve(dcp::MpiComm& world, std::string const& folder) {
+  State state{world, 0, 0, 0, 0, {}, {}};
+  std::ifstream commands{folder + "/ours." + std::to_string(world.rank())};
+  std::ofstream answers;
+  if (world.rank() == 0) answers.open(folder + "/ours.reply");
+  for (std::string line; std::getline(commands, line);) {
+    std::istringstream in{line};
+    std::string verb;
+    in >> verb;
+    Words words;
+    for (std::string word; in >> word;) words[word.substr(0, word.find('='))] = word.substr(word.find('=') + 1);
+    if (verb == "quit") return 0;
+    std::string answer, failure;
+    double seconds = 0;
+    forget_peak();
+    std::int64_t const before = resident_kib();
+    try {
+      std::string const place = text(words, "place");
+      auto const timed = [&](auto body) {
+        world.barrier();
+        auto const begin = std::chrono::steady_clock::now();
+        body();
+        seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+      };
+      if (verb == "state") {
+        state.make(words);
+      } else if (verb == "fill") {
+        state.for_each([](float& x, float wanted) { x = wanted; });
+      } else if (verb == "clear") {
+        std::fill(state.memory.begin(), state.memory.end(), 0.f);
+      } else if (verb == "check") {
+        state.for_each([](float& x, float wanted) {
+          if (x != wanted) throw std::runtime_error{"wrong contents"};
+        });
+      } else if (verb == "save") {
+        dcp::SaveOptions<dcp::SafeTensors> options;
+        options.if_exists = dcp::IfExists::replace;
+        options.memory_bytes = static_cast<std::uint64_t>(number(words, "memory", static_cast<std::int64_t>(dcp::default_memory_bytes)));
+        options.threads = static_cast<int>(number(words, "threads", options.threads));
+        options.checksums = number(words, "checksums", 1) != 0;
+        if (text(words, "direct") == "never") options.direct_io = dcp::DirectIo::never;
+        if (auto const files = number(words, "files", 1); files > 1) options.storage.file_of = files_of(state, files);
+        if (world.rank() == 0) std::filesystem::remove_all(place);   // the other side's is removed before its turn, too
+        timed([&] {
+          auto const report = dcp::save<dcp::SafeTensors>(world, place, state, options);
+          if (number(words, "report", 0) != 0 && world.rank() == 0) std::cerr << report << '\n';
+        });
+      } else if (verb == "load") {
+        dcp::LoadOptions<dcp::SafeTensors> options;
+        options.verify = verify_of(text(words, "verify", "standard"));
+        options.memory_bytes = static_cast<std::uint64_t>(number(words, "memory", static_cast<std::int64_t>(dcp::default_memory_bytes)));
+        options.threads = static_cast<int>(number(words, "threads", options.threads));
+        timed([&] {
+          auto const report = dcp::load<dcp::SafeTensors>(world, place, state, options);
+          if (number(words, "report", 0) != 0 && world.rank() == 0) std::cerr << report << '\n';
+        });
+      } else if (verb == "raw") {
+        timed([&] { raw_writes(world, state, place, number(words, "direct", 1) != 0); });
+      } else {
+        failure = "no such command: " + verb;
+      }
+    } catch (std::exception const& error) {
+      failure = error.what();
+    }
+    std::int64_t const extra = peak_kib() - before;
+    struct Outcome {
+      double seconds;
+      std::int64_t extra;
+      bool failed;
+    };
+    auto const outcomes = dcp::all_gather_value(dcp::CommRef{world}, Outcome{seconds, extra, !failure.empty()});
+    Outcome all{0, 0, false};
+    for (auto const& o : outcomes) all = {std::max(all.seconds, o.seconds), std::max(all.extra, o.extra), all.failed || o.failed};
+    if (!failure.empty()) std::cerr << "rank " << world.rank() << ": " << verb << ": " << failure << '\n';
+    if (world.rank() == 0) answers << "{\"seconds\": " << all.seconds << ", \"extra_kib\": " << all.extra << ", \"failed\": " << (all.failed ? "true" : "false") << "}\n" << std::flush;
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 2) {
+    std::cerr << "usage: bench_ranks <folder with the pipes>\n";
+    return 2;
+  }
+  MPI_Init(&argc, &argv);
+  int status = 1;
+  {
+    dcp::MpiComm world{MPI_COMM_WORLD};
+    status = serve(world, argv[1]);
+  }
+  MPI_Finalize();
+  return status;
+}

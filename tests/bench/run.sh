@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Benchmarks: what dcp takes to save and load, next to PyTorch's distributed checkpoint and safetensors on the same machine, in turns.
+#
+#   tests/bench/run.sh            every row, 8 turns each, the first of which is dropped: about ten minutes
+#   tests/bench/run.sh --quick    three turns: a minute's look
+#   tests/bench/run.sh --only save,load,small
+#
+# Installs what is missing, builds with -O2, prints one table and writes it to build/bench/results.json and build/bench/results.svg.
+# Rows are medians with the smallest and largest turn in brackets. Environment: DCP_BENCH_DIR (build/bench/work: where checkpoints are
+# written, about 6 GiB), DCP_CACHE (~/.cache/dcp: the PyTorch environment).
+set -eu -o pipefail
+
+# shellcheck source=tests/support/install.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../support/install.sh"
+cd "$dcp_root"
+options=()
+for argument in "$@"; do
+  case $argument in
+    --quick) options+=(--repeats 4 --quick) ;;
+    --help) sed -n '3,12s/^# \{0,1\}//p' "$0"; exit ;;
+    *) options+=("$argument") ;;
+  esac
+done
+
+dcp_install g++ cmake ninja-build nlohmann-json3-dev libopenmpi-dev openmpi-bin python3-venv
+dcp_python_environment
+[ -n "$dcp_python" ] || { echo "no benchmarks: $dcp_python_reason" >&2; exit 1; }
+cmake -S . -B build/bench -G Ninja -DCMAKE_BUILD_TYPE=Release -DDCP_BUILD_TESTS=OFF -DDCP_BUILD_EXAMPLES=OFF -DDCP_BUILD_BENCHMARKS=ON >build/bench.log 2>&1 || { cat build/bench.log; exit 1; }
+cmake --build build/bench >>build/bench.log 2>&1 || { cat build/bench.log; exit 1; }
+
+mpirun=(mpirun)
+if [ "$(id -u)" -eq 0 ]; then mpirun+=(--allow-run-as-root); fi
+exec "$dcp_python" tests/bench/bench.py --program build/bench/bench_ranks --mpirun "${mpirun[*]} --oversubscribe" --work "${DCP_BENCH_DIR:-build/bench/work}" \
+  --json build/bench/results.json --svg build/bench/results.svg "${options[@]}"

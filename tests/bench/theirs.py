@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The other side of the benchmarks: PyTorch's distributed checkpoint and safetensors, on gloo ranks that keep a state in memory.
+
+    theirs.py <folder> <rank> <ranks>
+
+Takes the commands of bench_ranks from <folder>/theirs.<rank>, and rank 0 answers on <folder>/theirs.reply:
+  state tensors=64 rows=2048 columns=2048 dim=0 | fill | clear | check
+  save|load with=hf|files|safetensors place=... files=4        hf: HuggingFaceStorageWriter with consolidation; files: FileSystemWriter
+  open place=...                                               safetensors.safe_open, the names of all tensors
+"""
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import warnings
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+warnings.filterwarnings("ignore")
+logging.disable(logging.WARNING)
+
+
+class State:
+    def __init__(self, mesh, tensors, rows, columns, dim):
+        self.rank, self.ranks = (mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1)
+        self.tensors, self.rows, self.columns, self.dim = tensors, rows, columns, dim
+        whole = (rows, columns)[dim]
+        each = -(-whole // self.ranks)
+        self.begin, self.end = min(whole, self.rank * each), min(whole, self.rank * each + each)
+        local = [rows, columns]
+        local[dim] = self.end - self.begin
+        self.memory = torch.zeros(tensors, *local)
+        self.state = {}
+        for t in range(tensors):
+            name = f"layers.{t}.weight"
+            # One rank without a mesh: plain tensors, which is the fast path of both libraries.
+            self.state[name] = self.memory[t] if mesh is None else DTensor.from_local(self.memory[t], mesh, [Shard(dim)], run_check=False, shape=torch.Size([rows, columns]), stride=(columns, 1))
+
+    def expected(self, t):
+        row = torch.arange(self.rows, dtype=torch.int64)[:, None]
+        column = torch.arange(self.columns, dtype=torch.int64)[None, :]
+        part = (slice(self.begin, self.end), slice(None)) if self.dim == 0 else (slice(None), slice(self.begin, self.end))
+        return ((t * 7919 + row * 4099 + column) % 16777213).to(torch.float32)[part]
+
+    def mapping(self, files):
+        return {f"layers.{t}.weight": t * files // self.tensors + 1 for t in range(self.tensors)}
+
+
+def fsync_tree(place):
+    for directory, _, files in os.walk(place):
+        for name in [*files, "."]:
+            descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+def save(state, how, place, files):
+    if how == "hf":
+        dcp.save(state.state, storage_writer=HuggingFaceStorageWriter(place, fqn_to_index_mapping=state.mapping(files), save_distributed=True, enable_consolidation=True), no_dist=state.ranks == 1)
+    elif how == "files":
+        dcp.save(state.state, storage_writer=FileSystemWriter(place), no_dist=state.ranks == 1)
+    else:
+        os.makedirs(place, exist_ok=True)
+        save_file(state.state, f"{place}/model.safetensors")
+        fsync_tree(place)
+
+
+def load(state, how, place):
+    if how == "hf":
+        dcp.load(state.state, storage_reader=HuggingFaceStorageReader(place), no_dist=state.ranks == 1)
+    elif how == "files":
+        dcp.load(state.state, storage_reader=FileSystemReader(place), no_dist=state.ranks == 1)
+    else:
+        found = load_file(f"{place}/model.safetensors")
+        for name, tensor in state.state.items():
+            tensor.copy_(found[name])
+
+
+def main():
+    folder, rank, ranks = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    mesh = None
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
+        mesh = init_device_mesh("cpu", (ranks,))
+    state = None
+    commands = open(f"{folder}/theirs.{rank}")
+    answers = open(f"{folder}/theirs.reply", "w") if rank == 0 else None
+    for line in commands:
+        verb, *words = line.split()
+        words = dict(word.split("=", 1) for word in words)
+        seconds, failure = 0.0, ""
+        if verb == "quit":
+            break
+        try:
+            begin = None
+            if ranks > 1:
+                dist.barrier()
+            begin = time.perf_counter()
+            if verb == "state":
+                state = State(mesh, *(int(words[name]) for name in ("tensors", "rows", "columns", "dim")))
+            elif verb == "fill":
+                for t in range(state.tensors):
+                    state.memory[t] = state.expected(t)
+            elif verb == "clear":
+                state.memory.zero_()
+            elif verb == "check":
+                for t in range(state.tensors):
+                    if not torch.equal(state.memory[t], state.expected(t)):
+                        raise RuntimeError("wrong contents")
+            elif verb == "save":
+                if rank == 0:
+                    shutil.rmtree(words["place"], ignore_errors=True)
+                if ranks > 1:
+                    dist.barrier()
+                begin = time.perf_counter()
+                save(state, words["with"], words["place"], int(words.get("files", 1)))
+            elif verb == "load":
+                load(state, words["with"], words["place"])
+            elif verb == "open":
+                with safe_open(words["place"], "pt") as file:
+                    count = len(file.keys())
+                if count == 0:
+                    raise RuntimeError("no tensors")
+            else:
+                failure = f"no such command: {verb}"
+            seconds = time.perf_counter() - begin
+        except Exception as error:  # told to the driver, which ends the run
+            failure = f"{type(error).__name__}: {error}"
+            print(f"rank {rank}: {verb}: {failure}", file=sys.stderr)
+        outcome = torch.tensor([seconds, float(bool(failure))], dtype=torch.float64)
+        if ranks > 1:
+            dist.all_reduce(outcome, op=dist.ReduceOp.MAX)
+        if rank == 0:
+            print(json.dumps({"seconds": outcome[0].item(), "failed": bool(outcome[1].item())}), file=answers, flush=True)
+    if ranks > 1:
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
+
+
+main()
