@@ -12,6 +12,7 @@
 #include <dcp/core/dtype.hpp>
 #include <dcp/core/mesh.hpp>
 #include <dcp/core/placement.hpp>
+#include <dcp/core/flat_bucket.hpp>
 #include <dcp/core/layout.hpp>
 #include <dcp/core/tensor_view.hpp>
 #include <dcp/core/sharded_tensor.hpp>
@@ -33,6 +34,7 @@
 #include <dcp/checkpoint/report.hpp>
 #include <dcp/checkpoint/save.hpp>
 #include <dcp/checkpoint/load.hpp>
+#include <dcp/checkpoint/flat_ranges.hpp>
 #include <dcp/checkpoint/owned_state.hpp>
 #include <dcp/checkpoint/reshard.hpp>
 #include <dcp/checkpoint/remove.hpp>

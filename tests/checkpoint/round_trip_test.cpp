@@ -110,6 +110,8 @@ class Generator {
       rule.step = ordered ? steps[static_cast<std::size_t>(a)] : -1;
     }
     if (shape.rank() > 0 && dcp::bits_of(dtype) >= 8 && chance(15)) layout.split_shape[0] += up_to(9);
+    if (layout.mesh.axes > 0 && dcp::bits_of(dtype) >= 8 && chance(20))
+      dcp::test::make_flat(layout, static_cast<std::size_t>(up_to(layout.mesh.axes - 1)), [&](std::int64_t low, std::int64_t high) { return low + up_to(high - low); });
     return layout;
   }
 
@@ -119,21 +121,30 @@ class Generator {
   std::mt19937_64 engine_;
 };
 
-// This rank's memory of a tensor: its box, perhaps with a pitch.
+// This rank's memory of a tensor: its box, perhaps with a pitch; of a flat part its elements.
 struct Held {
   Subject const* subject;
   dcp::Layout layout;
-  dcp::Box box;
+  dcp::HeldPart part;
   dcp::Extents strides;
   dcp::Bytes memory;
 
   void visit(auto each) {   // each(byte of memory, position in the global tensor)
-    auto const global = dcp::row_major_strides(subject->shape);
+    dcp::Box const& box = part.box;
+    if (part.flat) {   // element by element
+      auto const size = static_cast<std::size_t>(dcp::bits_of(subject->dtype)) / 8;
+      auto const global = dcp::row_major_strides(subject->shape);
+      for (std::int64_t element = part.begin; element < part.end; ++element) {
+        std::int64_t rest = element, at = 0;
+        for (int d = box.rank(); d-- > 0; rest /= box.shape[d]) at += (box.origin[d] + rest % box.shape[d]) * global[d];
+        for (std::size_t i = 0; i < size; ++i) each(memory[static_cast<std::size_t>((element - part.begin) * strides[0]) * size + i], static_cast<std::uint64_t>(at) * size + i);
+      }
+      return;
+    }
     auto const transfer = dcp::make_transfer(subject->dtype, subject->dtype, box, box, {memory.data(), strides}, dcp::Box::whole(subject->shape), 0);
     transfer.for_each_run(0, transfer.end, [&](std::uint64_t at, std::byte* bytes, std::size_t size) {
       for (std::size_t i = 0; i < size; ++i) each(bytes[i], at + i);
     });
-    static_cast<void>(global);
   }
 };
 
@@ -141,11 +152,15 @@ std::vector<Held> hold(std::vector<Subject> const& subjects, std::vector<dcp::La
   std::vector<Held> all;
   all.reserve(subjects.size());
   for (std::size_t i = 0; i < subjects.size(); ++i) {
-    auto const box = dcp::box_of_rank(layouts[i], rank);
-    if (!box) continue;
-    Held& held = all.emplace_back(Held{&subjects[i], layouts[i], *box, dcp::row_major_strides(box->shape), {}});
-    std::int64_t elements = static_cast<std::int64_t>(box->size());
-    if (pitch > 0 && box->rank() >= 2 && dcp::bits_of(subjects[i].dtype) >= 8 && !box->empty()) {
+    auto const part = dcp::held_by(layouts[i], rank);
+    if (!part) continue;
+    dcp::Box const* const box = &part->box;
+    Held& held = all.emplace_back(Held{&subjects[i], layouts[i], *part, part->flat ? dcp::Extents{1} : dcp::row_major_strides(box->shape), {}});
+    std::int64_t elements = part->elements();
+    if (part->flat) {   // of a wider buffer, one element in `pitch`
+      held.strides[0] = 1 + static_cast<std::int64_t>(pitch);
+      elements *= held.strides[0];
+    } else if (pitch > 0 && box->rank() >= 2 && dcp::bits_of(subjects[i].dtype) >= 8 && !box->empty()) {
       // Rows with a gap behind each.
       for (int d = 0; d + 1 < box->rank(); ++d) held.strides[d] = 0;
       std::int64_t stride = box->shape[box->rank() - 1] + static_cast<std::int64_t>(pitch);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// error: dcp: a Placement lists rules; each is Shard<Dim>, OrderedShard<Dim, Step>, Replicate or Partial
+// error: dcp: a Placement lists rules; each is Shard<Dim>, OrderedShard<Dim, Step>, FlatShard, Replicate or Partial
 #include <dcp/core/sharded_tensor.hpp>
 
 #ifdef MISTAKE

@@ -116,6 +116,32 @@ inline std::array<Rule, max_axes> any_rules(Random& random, int axes, int rank) 
   return rules;
 }
 
+/// Makes `axis` a flat one: the tensor split by itself, or lying somewhere in a bucket, cut evenly or anyhow. `between(low, high)` draws.
+template <class Between>
+void make_flat(Layout& layout, std::size_t axis, Between between) {
+  layout.rules[axis] = FlatShard::rule;
+  for (int d = 1; d < layout.shape.rank(); ++d) layout.split_shape[d] = layout.shape[d];
+  layout.flat = {};
+  std::int64_t const extent = layout.mesh.extents[axis], elements = padded_box_at(layout, {}).shape.elements();
+  bool even = true;
+  for (std::int64_t cell = 0; cell < cells(layout); ++cell) even = even && padded_box_at(layout, cell_coordinate(layout, cell)).shape.elements() == elements;
+  if (!even || between(0, 2) == 0) return;
+  layout.flat.offset = between(0, 40);
+  layout.flat.elements = elements;
+  layout.flat.ranks = extent;
+  std::int64_t const end = layout.flat.offset + elements + between(0, 30);
+  if (between(0, 1) == 0) {
+    layout.flat.shard = std::max<std::int64_t>(1, ceil_div(end, extent));
+    return;
+  }
+  std::vector<std::int64_t> cuts{0, end};
+  for (std::int64_t i = 1; i < extent; ++i) cuts.push_back(between(0, end));
+  std::sort(cuts.begin(), cuts.end());
+  std::vector<FlatRange> ranges;
+  for (std::size_t i = 0; i + 1 < cuts.size(); ++i) ranges.insert(ranges.begin() + between(0, static_cast<std::int64_t>(i)), {cuts[i], cuts[i + 1]});
+  layout.flat.ranges = detail::SharedRanges{std::move(ranges)};
+}
+
 struct Sizes {
   int axes = 3;
   std::int64_t ranks = 24;
@@ -133,6 +159,15 @@ inline Layout any_layout(Random& random, Sizes const& limits = {}) {
   if (random.one_in(5))
     for (int d = 0; d < layout.shape.rank(); ++d) layout.split_shape[d] += random.between(0, 9);
   return layout;
+}
+/// The same with a flat axis.
+inline Layout any_flat_layout(Random& random, Sizes const& limits = {}) {
+  for (;;) {
+    Layout layout = any_layout(random, limits);
+    if (layout.mesh.axes == 0) continue;
+    make_flat(layout, static_cast<std::size_t>(random.between(0, layout.mesh.axes - 1)), [&](std::int64_t low, std::int64_t high) { return random.between(low, high); });
+    return layout;
+  }
 }
 
 /// A rank and the size of its communicator: all that a DeviceMesh wants to know.

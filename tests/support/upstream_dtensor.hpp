@@ -8,6 +8,10 @@
 #include "support/upstream_resharding.hpp"
 #include "support/upstream_training.hpp"
 
+#include <dcp/checkpoint/flat_ranges.hpp>
+
+#include <array>
+#include <numeric>
 #include <set>
 
 namespace dcp::test {
@@ -26,6 +30,35 @@ TEST_CASE("test_dtensor_checkpoint_with_uneven_shards: 14 rows as 4, 4, 4 and 2 
       CHECK(whole == arange(14));
     });
   });
+}
+
+// Rows (begin, length) that only the rank itself knows, one run each, saved and loaded in other runs.
+template <class World, std::size_t Ranks>
+void reshard_runs(World& world, std::string const& directory, std::array<FlatRange, Ranks> const& saved, std::array<FlatRange, Ranks> const& wanted) {
+  auto const me = static_cast<std::size_t>(world.rank());
+  auto const bucket_of = [&](FlatRange const& mine) { return exchange_flat_ranges(world, mesh_1d(world), 0, {{16}}, 1, mine); };
+  auto const fill = [](FlatRange const& range) {
+    std::vector<float> memory(static_cast<std::size_t>(range.size()));
+    std::iota(memory.begin(), memory.end(), static_cast<float>(range.begin));
+    return memory;
+  };
+  using Runs = ShardedTensor<float, Placement<FlatShard>>;
+  in_each_layout(directory, [&](std::string const& place, FileLayout layout) {
+    auto memory = fill(saved[me]);
+    dcp::save<SafeTensors>(world, place, {{"ckpt", Runs{mesh_1d(world), {16}, bucket_of(saved[me])[0], memory}}}, {.storage = {.layout = layout}});
+    std::vector<float> loaded(static_cast<std::size_t>(wanted[me].size()), -1.0f);
+    dcp::load<SafeTensors>(world, place, {{"ckpt", Runs{mesh_1d(world), {16}, bucket_of(wanted[me])[0], loaded}}});
+    CHECK(loaded == fill(wanted[me]));
+  });
+}
+
+// Upstream: arange(16), saved as (0, 4) (4, 3) (7, 4) (11, 5), loads as (0, 2) (2, 4) (6, 6) (12, 4); each local part equals its arange.
+TEST_CASE("test_uneven_reshard_with_checkpointable_api: runs that only their ranks know load as other runs") {
+  on_ranks(4, [](auto& world, std::string const& directory) { reshard_runs(world, directory, std::array<FlatRange, 4>{{{0, 4}, {4, 7}, {7, 11}, {11, 16}}}, {{{0, 2}, {2, 6}, {6, 12}, {12, 16}}}); });
+}
+// Upstream: the same, loaded as (0, 6) (6, 2) (8, 1) (9, 7).
+TEST_CASE("test_uneven_reshard_with_dtensor_shards_wrapper_api: a run of one element, and one of nearly half") {
+  on_ranks(4, [](auto& world, std::string const& directory) { reshard_runs(world, directory, std::array<FlatRange, 4>{{{0, 4}, {4, 7}, {7, 11}, {11, 16}}}, {{{0, 6}, {6, 8}, {8, 9}, {9, 16}}}); });
 }
 
 // Upstream: rdt = Replicate [4 .. 7], sdt = Shard(0) [0 .. 3], extra_state {int 1, tensor [0.]} nested twice; loaded into ten times the

@@ -185,9 +185,11 @@ AgreedState agree_state(CommRef comm, std::string_view phase, StateDict const& s
         for (auto const& rule : tensor.layout.rules)
           if (saving && rule.kind == RuleKind::partial) wrong.add(ErrorCode::invalid_argument, tensor.name + ": a tensor with Partial axes holds unreduced terms and has no single value to save; all-reduce it first");
         if (in_mesh && agreed.local_tensors[t] != nullptr) {
-          auto const box = box_of_rank(tensor.layout, comm.rank());
-          if (box && !on_byte_boundaries(tensor.dtype, *box, Box::whole(tensor.layout.shape)))
-            wrong.add(ErrorCode::misaligned, tensor.name + ": its layout cuts a byte of " + std::string{to_string(tensor.dtype)} + " elements on rank " + std::to_string(comm.rank()));
+          bool whole = true;
+          if (bits_of(tensor.dtype) % 8 != 0)
+            for_each_held_box(held_part(tensor.layout, comm.rank()), tensor.dtype, agreed.local_tensors[t]->tensor->memory,
+                              [&](Box const& box, MemoryView const&) { whole = whole && on_byte_boundaries(tensor.dtype, box, Box::whole(tensor.layout.shape)); });
+          if (!whole) wrong.add(ErrorCode::misaligned, tensor.name + ": its layout cuts a byte of " + std::string{to_string(tensor.dtype)} + " elements on rank " + std::to_string(comm.rank()));
         }
       }
       wrong.raise();

@@ -102,16 +102,11 @@ void plan_reads(CatalogTensor const& stored, DType memory_dtype, Box const& held
 }
 
 template <class = Deferred>
-void fill_with_zeros(TensorEntry const& tensor, Box const& held) {
-  Transfer const transfer = make_transfer(tensor.dtype, tensor.dtype, held, held, tensor.memory, held, 0);
-  transfer.for_each_run(0, transfer.end, [](std::uint64_t, std::byte* memory, std::size_t bytes) { std::memset(memory, 0, bytes); });
-}
-
-/// This rank's box of a tensor, by its own entry: plain tensors are whole on every rank that lists them.
-template <class = Deferred>
-Box held_box(TensorEntry const& tensor, std::int64_t rank) {
-  if (tensor.layout.everywhere) return Box::whole(tensor.layout.shape);
-  return box_of_rank(tensor.layout, rank).value_or(nothing_of(tensor.layout.shape));
+void fill_with_zeros(TensorEntry const& tensor, std::int64_t rank) {
+  for_each_held_box(held_part(tensor.layout, rank), tensor.dtype, tensor.memory, [&](Box const& held, MemoryView const& memory) {
+    Transfer const transfer = make_transfer(tensor.dtype, tensor.dtype, held, held, memory, held, 0);
+    transfer.for_each_run(0, transfer.end, [](std::uint64_t, std::byte* at, std::size_t bytes) { std::memset(at, 0, bytes); });
+  });
 }
 
 template <class = Deferred>
@@ -153,7 +148,9 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
         WantedTensor const& wanted = result.comparison.tensors[t];
         StateEntry const* local = agreed.local_tensors[t];
         if (wanted.how != WantedTensor::How::load || local == nullptr) continue;
-        plan_reads(*wanted.stored, local->tensor->dtype, held_box(*local->tensor, comm.rank()), local->tensor->memory, !wanted.shared, settings.verify == Verify::full, result.reads);
+        for_each_held_box(held_part(local->tensor->layout, comm.rank()), local->tensor->dtype, local->tensor->memory, [&](Box const& held, MemoryView const& memory) {
+          plan_reads(*wanted.stored, local->tensor->dtype, held, memory, !wanted.shared, settings.verify == Verify::full, result.reads);
+        });
       }
       return result;
     });
@@ -177,7 +174,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
     agree(comm, "load: read", [&] {
       for (std::size_t t = 0; t < agreed.tensors.size(); ++t)
         if (plan.comparison.tensors[t].how == WantedTensor::How::zero && agreed.local_tensors[t] != nullptr)
-          fill_with_zeros(*agreed.local_tensors[t]->tensor, held_box(*agreed.local_tensors[t]->tensor, comm.rank()));
+          fill_with_zeros(*agreed.local_tensors[t]->tensor, comm.rank());
       try {
         reader.read();
       } catch (Error& error) {

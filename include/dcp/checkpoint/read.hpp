@@ -29,7 +29,6 @@
 #include <optional>
 #include <string>
 #include <tuple>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -282,7 +281,7 @@ class Reader {
       Contribution contribution;
     };
     std::vector<Sum> sums;                              // in the order of the file
-    std::unordered_map<std::uint32_t, std::size_t> of;  // transfer -> index into `sums`, in the last chunk
+    std::map<std::uint32_t, std::size_t> of;            // transfer -> index into `sums`, in the last chunk
 
     void add(std::uint32_t f, std::uint64_t file_size, std::uint64_t position, ConstByteSpan bytes, std::uint32_t transfer, bool counts) {
       for_each_chunk(file_size, position, bytes, [&](std::uint64_t chunk, std::uint64_t offset, std::uint64_t size, ConstByteSpan part) {

@@ -109,16 +109,21 @@ Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, R
       Layout const& lies = source.tensors[s].layout;
       auto const here = lies.mesh.coordinate_of(comm.rank());
       if (!here || source.local_tensors[s] == nullptr) continue;
-      Box const held = box_at(lies, *here);
+      HeldPart const held = held_at(lies, *here);
       for (std::int64_t i = 0; i < wanted.layout.mesh.size(); ++i) {
         MeshGeometry::Coordinate coordinate{};
         std::int64_t rest = i;
         for (int a = wanted.layout.mesh.axes; a-- > 0; rest /= wanted.layout.mesh.extents[static_cast<std::size_t>(a)])
           coordinate[static_cast<std::size_t>(a)] = rest % wanted.layout.mesh.extents[static_cast<std::size_t>(a)];
         std::int64_t const rank = wanted.layout.mesh.rank_at(coordinate);
+        HeldPart const there = held_at(wanted.layout, coordinate);
         Box part;
-        if (held.empty() || !intersect(held, box_at(wanted.layout, coordinate), part) || sender_of(lies, *here, rank) != comm.rank()) continue;
-        outgoing.push_back({t, static_cast<int>(rank), part, make_transfer(wanted.dtype, wanted.dtype, part, held, source.local_tensors[s]->tensor->memory, part, 0), 0});
+        if (held.empty() || there.empty() || !intersect(held.box, there.box, part) || sender_of(lies, *here, rank) != comm.rank()) continue;
+        for_each_held_box(held, wanted.dtype, source.local_tensors[s]->tensor->memory, [&](Box const& box, MemoryView const& memory) {
+          for_each_held_box(there, wanted.dtype, memory, [&](Box const& other, MemoryView const&) {
+            if (intersect(box, other, part)) outgoing.push_back({t, static_cast<int>(rank), part, make_transfer(wanted.dtype, wanted.dtype, part, box, memory, part, 0), 0});
+          });
+        });
       }
     }
     return result;
@@ -165,9 +170,14 @@ Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, R
           Box part = Box::whole(entry.layout.shape);
           for (int d = 0; d < part.rank(); ++d) part.origin[d] = in.number<std::int64_t>(), part.shape[d] = in.number<std::int64_t>();
           auto const bytes = in.block();
-          Transfer const transfer = make_transfer(entry.dtype, entry.dtype, part, held_box(entry, comm.rank()), entry.memory, part, 0);
-          std::uint64_t const base = bytes_of(transfer.dtype, begin);
-          transfer.for_each_run(begin, end, [&](std::uint64_t at, std::byte* memory, std::size_t size) { std::memcpy(memory, bytes.data() + (at - base), size); });
+          // A part lies in one of the boxes that this rank holds.
+          for_each_held_box(held_part(entry.layout, comm.rank()), entry.dtype, entry.memory, [&](Box const& held, MemoryView const& memory) {
+            Box common;
+            if (!intersect(held, part, common)) return;
+            Transfer const transfer = make_transfer(entry.dtype, entry.dtype, part, held, memory, part, 0);
+            std::uint64_t const base = bytes_of(transfer.dtype, begin);
+            transfer.for_each_run(begin, end, [&](std::uint64_t at, std::byte* target_bytes, std::size_t size) { std::memcpy(target_bytes, bytes.data() + (at - base), size); });
+          });
         }
     });
     if (all_reduce_max(comm, left) == 0) break;
@@ -182,7 +192,7 @@ Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, R
     }
     for (std::size_t t = 0; t < target.tensors.size(); ++t)
       if (comparison.tensors[t].how == WantedTensor::How::zero && target.local_tensors[t] != nullptr)
-        fill_with_zeros(*target.local_tensors[t]->tensor, held_box(*target.local_tensors[t]->tensor, comm.rank()));
+        fill_with_zeros(*target.local_tensors[t]->tensor, comm.rank());
     auto const sources = entries_by_name(from);
     for (std::size_t v = 0; v < target.values.size(); ++v) {
       StateEntry const* local = target.local_values[v];

@@ -67,11 +67,13 @@ void compare_replicas(CommRef comm, AgreedState const& state) {
   agree(comm, "save: check", [&] {
     for (std::size_t t = 0; t < state.tensors.size(); ++t) {
       auto const& tensor = state.tensors[t];
-      auto const box = box_of_rank(tensor.layout, comm.rank());
-      if (!box || replicas(tensor.layout) == 1 || state.local_tensors[t] == nullptr) continue;
-      Transfer const transfer = make_transfer(tensor.dtype, tensor.dtype, *box, *box, state.local_tensors[t]->tensor->memory, *box, 0);
+      auto const held = held_by(tensor.layout, comm.rank());
+      if (!held || replicas(tensor.layout) == 1 || state.local_tensors[t] == nullptr) continue;
       std::uint64_t raw = 0;
-      transfer.for_each_run(0, transfer.end, [&](std::uint64_t, std::byte const* memory, std::size_t bytes) { raw = crc64_raw({memory, bytes}, raw); });
+      for_each_held_box(*held, tensor.dtype, state.local_tensors[t]->tensor->memory, [&](Box const& box, MemoryView const& memory) {
+        Transfer const transfer = make_transfer(tensor.dtype, tensor.dtype, box, box, memory, box, 0);
+        transfer.for_each_run(0, transfer.end, [&](std::uint64_t, std::byte const* run, std::size_t bytes) { raw = crc64_raw({run, bytes}, raw); });
+      });
       mine[t] = raw ^ 1;
     }
   });
@@ -109,21 +111,32 @@ std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& 
     auto const coordinate = tensor.layout.mesh.coordinate_of(rank);
     StateEntry const* entry = state.local_tensors[stored.tensor];
     if (!coordinate || entry == nullptr) continue;
-    Box const held = box_at(tensor.layout, *coordinate);
+    HeldPart const held = held_at(tensor.layout, *coordinate);
+    if (stored.box.shape.empty() || held.empty()) continue;
     bool const only_mine = plan.files[stored.file].only_rank >= 0;
-    Box part;
-    if (stored.box.shape.empty() || !intersect(held, stored.box, part)) continue;
-    Transfer transfer = make_transfer(tensor.dtype, tensor.dtype, part, held, entry->tensor->memory, stored.box, stored.offset);
-    if (!only_mine) {
-      CellRange const range = shares.range_of(stored.tensor, *coordinate);
+    auto const add = [&](Box const& box, MemoryView const& memory) -> Transfer* {
+      Box part;
+      if (!intersect(box, stored.box, part)) return nullptr;
+      transfers.push_back(make_transfer(tensor.dtype, tensor.dtype, part, box, memory, stored.box, stored.offset));
+      transfers.back().tensor = stored.tensor;
+      transfers.back().file = stored.file;
+      return &transfers.back();
+    };
+    MemoryView const& memory = entry->tensor->memory;
+    if (only_mine) {
+      for_each_held_box(held, tensor.dtype, memory, add);
+      continue;
+    }
+    CellRange const range = shares.range_of(stored.tensor, *coordinate);
+    if (held.flat) {
+      auto const [part, begin] = slice_of(held, tensor.dtype, memory, range.begin, range.end);
+      for_each_held_box(part, tensor.dtype, begin, add);
+    } else if (Transfer* const transfer = add(held.box, memory)) {
       // A transfer of elements smaller than a byte counts bytes.
       std::int64_t const bits = std::min(8, bits_of(tensor.dtype));
-      transfer.begin = range.begin * bits / 8;
-      transfer.end = range.end * bits / 8;
+      transfer->begin = range.begin * bits / 8;
+      transfer->end = range.end * bits / 8;
     }
-    transfer.tensor = stored.tensor;
-    transfer.file = stored.file;
-    transfers.push_back(transfer);
   }
   return transfers;
 }

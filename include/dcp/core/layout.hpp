@@ -6,6 +6,7 @@
 #include <dcp/base/result.hpp>
 #include <dcp/core/box.hpp>
 #include <dcp/core/dtype.hpp>
+#include <dcp/core/flat_bucket.hpp>
 #include <dcp/core/mesh.hpp>
 #include <dcp/core/placement.hpp>
 
@@ -46,6 +47,7 @@ struct Layout {
   Extents split_shape;      // what is cut into shards; larger than shape only for padded tensors
   MeshGeometry mesh;
   std::array<Rule, max_axes> rules{};
+  FlatSlot flat{};          // for a flat axis: where the tensor lies in its buffer
   bool everywhere = false;  // a plain tensor, the same on every rank that lists it; mesh and rules are then set by the planner
 
   friend constexpr bool operator==(Layout const&, Layout const&) = default;
@@ -111,9 +113,9 @@ constexpr Box padded_box_at(Layout const& layout, MeshGeometry::Coordinate const
   return box;
 }
 
-/// The box of the logical shape that a mesh coordinate holds. Exactly one, possibly empty.
+/// The box of the logical shape that a mesh coordinate holds; of a flat shard, the box that it is a part of. Exactly one, possibly empty.
 ///
-/// Law       the boxes of all coordinates that differ in a sharding axis are disjoint, and together they cover the tensor
+/// Law       the boxes of all coordinates that differ in a Shard axis are disjoint, and together they cover the tensor
 constexpr Box box_at(Layout const& layout, MeshGeometry::Coordinate const& coordinate) {
   Box box = padded_box_at(layout, coordinate);
   for (int d = 0; d < box.rank(); ++d) {
@@ -123,14 +125,94 @@ constexpr Box box_at(Layout const& layout, MeshGeometry::Coordinate const& coord
   return box;
 }
 
-/// The box that `rank` of the communicator holds; nothing if it is outside the tensor's mesh.
+/// The same for `rank` of the communicator; nothing if it is outside the tensor's mesh.
 constexpr std::optional<Box> box_of_rank(Layout const& layout, std::int64_t rank) {
   auto const coordinate = layout.mesh.coordinate_of(rank);
   if (!coordinate) return std::nullopt;
   return box_at(layout, *coordinate);
 }
 
-/// The coordinate, 0 on replicating axes, whose box holds the element at `index`.
+/// The mesh axis that is flat, or -1.
+constexpr int flat_axis(Layout const& layout) {
+  for (int a = 0; a < layout.mesh.axes; ++a)
+    if (layout.rules[static_cast<std::size_t>(a)].kind == RuleKind::flat) return a;
+  return -1;
+}
+
+/// How many coordinates of the flat axis hold the tensor, about.
+constexpr std::int64_t flat_parts(Layout const& layout, int axis) {
+  std::int64_t const extent = layout.mesh.extents[static_cast<std::size_t>(axis)];
+  if (layout.flat.shard == 0) return extent;
+  auto const [first, last] = layout.flat.coordinates(extent);
+  return last + 1 - first;
+}
+
+/// What a rank holds of a tensor: elements [begin, end) of a box, in its row-major order; all of them, unless an axis is flat.
+struct HeldPart {
+  Box box;
+  std::int64_t begin = 0, end = 0;
+  bool flat = false;        // whether memory holds just these elements, one behind the other, rather than the box
+
+  constexpr std::int64_t elements() const { return end - begin; }
+  constexpr bool empty() const { return begin == end; }
+  friend constexpr bool operator==(HeldPart const&, HeldPart const&) = default;
+};
+
+/// What the rank at a mesh coordinate holds, without padding.
+///
+/// Law       the parts of all coordinates that differ in a Shard or FlatShard axis are disjoint, and together they cover the tensor
+constexpr HeldPart held_at(Layout const& layout, MeshGeometry::Coordinate const& coordinate) {
+  HeldPart held{box_at(layout, coordinate)};
+  held.end = held.box.shape.elements();
+  int const axis = flat_axis(layout);
+  if (axis < 0) return held;
+  held.flat = true;
+  // Padding is behind the logical elements: only the first dimension of a flat tensor can be padded.
+  auto const a = static_cast<std::size_t>(axis);
+  std::int64_t const count = padded_box_at(layout, coordinate).shape.elements(), logical = held.end;
+  FlatRange const range = layout.flat.range_of(coordinate[a], layout.mesh.extents[a], count);
+  held.begin = std::clamp(range.begin - layout.flat.offset, std::int64_t{0}, logical);
+  held.end = std::clamp(range.end - layout.flat.offset, held.begin, logical);
+  return held;
+}
+
+/// What `rank` of the communicator holds; nothing if it is outside the tensor's mesh.
+constexpr std::optional<HeldPart> held_by(Layout const& layout, std::int64_t rank) {
+  auto const coordinate = layout.mesh.coordinate_of(rank);
+  if (!coordinate) return std::nullopt;
+  return held_at(layout, *coordinate);
+}
+
+/// Calls visit(box, first) for the fewest boxes that together are elements [begin, end) of `whole` in row-major order: at most
+/// 2 * rank - 1. `first` is the number of a box's first element, and inside a box elements keep the strides of `whole`.
+///
+/// Law       boxes are disjoint, in order, and their sizes sum to end - begin
+/// Example   elements [2, 11) of a [4, 3] box: [1, 1] at [0, 2], [2, 3] at [1, 0], [1, 2] at [3, 0]
+template <class Visit>
+constexpr void for_each_box(Box const& whole, std::int64_t begin, std::int64_t end, Visit visit) {
+  if (begin >= end) return;
+  int const rank = whole.rank();
+  if (rank == 0) return static_cast<void>(visit(whole, std::int64_t{0}));
+  Extents const strides = row_major_strides(whole.shape);
+  for (std::int64_t at = begin; at < end;) {
+    // The outermost dimension of which whole slices begin here.
+    int d = 0;
+    while (d + 1 < rank && (at % strides[d] != 0 || end - at < strides[d])) ++d;
+    Box box = whole;
+    std::int64_t rest = at;
+    for (int outer = 0; outer <= d; ++outer) {
+      box.origin[outer] += rest / strides[outer];
+      box.shape[outer] = 1;
+      rest %= strides[outer];
+    }
+    std::int64_t const left = whole.origin[d] + whole.shape[d] - box.origin[d];
+    box.shape[d] = std::min(left, (end - at) / strides[d]);
+    visit(box, at);
+    at += box.shape[d] * strides[d];
+  }
+}
+
+/// The coordinate, 0 on replicating axes, whose part holds the element at `index`.
 constexpr MeshGeometry::Coordinate coordinate_holding(Layout const& layout, Extents const& index) {
   MeshGeometry::Coordinate coordinate{};
   for (int d = 0; d < layout.shape.rank(); ++d) {
@@ -144,14 +226,24 @@ constexpr MeshGeometry::Coordinate coordinate_holding(Layout const& layout, Exte
       length = split(length, layout.mesh.extents[a], coordinate[a]).size;
     }
   }
+  if (int const axis = flat_axis(layout); axis >= 0) {
+    auto const a = static_cast<std::size_t>(axis);
+    Box const box = padded_box_at(layout, coordinate);
+    std::int64_t element = 0;
+    for (int d = 0; d < box.rank(); ++d) element = element * box.shape[d] + (index[d] - box.origin[d]);
+    coordinate[a] = layout.flat.coordinate_of(element, layout.mesh.extents[a], box.shape.elements());
+  }
   return coordinate;
 }
+
+/// Whether different ranks along an axis of this rule hold different elements.
+constexpr bool splits(Rule const& rule) { return rule.kind == RuleKind::shard || rule.kind == RuleKind::flat; }
 
 /// How many ranks hold each element: the product of the extents of the replicating axes.
 constexpr std::int64_t replicas(Layout const& layout) {
   std::int64_t count = 1;
   for (int a = 0; a < layout.mesh.axes; ++a)
-    if (layout.rules[static_cast<std::size_t>(a)].kind != RuleKind::shard) count *= layout.mesh.extents[static_cast<std::size_t>(a)];
+    if (!splits(layout.rules[static_cast<std::size_t>(a)])) count *= layout.mesh.extents[static_cast<std::size_t>(a)];
   return count;
 }
 
@@ -159,12 +251,12 @@ constexpr std::int64_t replicas(Layout const& layout) {
 constexpr std::int64_t replica_index(Layout const& layout, MeshGeometry::Coordinate const& coordinate) {
   std::int64_t index = 0;
   for (int a = 0; a < layout.mesh.axes; ++a)
-    if (layout.rules[static_cast<std::size_t>(a)].kind != RuleKind::shard) index = index * layout.mesh.extents[static_cast<std::size_t>(a)] + coordinate[static_cast<std::size_t>(a)];
+    if (!splits(layout.rules[static_cast<std::size_t>(a)])) index = index * layout.mesh.extents[static_cast<std::size_t>(a)] + coordinate[static_cast<std::size_t>(a)];
   return index;
 }
 constexpr MeshGeometry::Coordinate replica_coordinate(Layout const& layout, MeshGeometry::Coordinate coordinate, std::int64_t index) {
   for (int a = layout.mesh.axes; a-- > 0;) {
-    if (layout.rules[static_cast<std::size_t>(a)].kind == RuleKind::shard) continue;
+    if (splits(layout.rules[static_cast<std::size_t>(a)])) continue;
     coordinate[static_cast<std::size_t>(a)] = index % layout.mesh.extents[static_cast<std::size_t>(a)];
     index /= layout.mesh.extents[static_cast<std::size_t>(a)];
   }
@@ -176,7 +268,7 @@ constexpr std::int64_t cells(Layout const& layout) { return layout.mesh.size() /
 constexpr MeshGeometry::Coordinate cell_coordinate(Layout const& layout, std::int64_t index) {
   MeshGeometry::Coordinate coordinate{};
   for (int a = layout.mesh.axes; a-- > 0;) {
-    if (layout.rules[static_cast<std::size_t>(a)].kind != RuleKind::shard) continue;
+    if (!splits(layout.rules[static_cast<std::size_t>(a)])) continue;
     coordinate[static_cast<std::size_t>(a)] = index % layout.mesh.extents[static_cast<std::size_t>(a)];
     index /= layout.mesh.extents[static_cast<std::size_t>(a)];
   }
@@ -185,7 +277,7 @@ constexpr MeshGeometry::Coordinate cell_coordinate(Layout const& layout, std::in
 constexpr std::int64_t cell_index(Layout const& layout, MeshGeometry::Coordinate const& coordinate) {
   std::int64_t index = 0;
   for (int a = 0; a < layout.mesh.axes; ++a)
-    if (layout.rules[static_cast<std::size_t>(a)].kind == RuleKind::shard) index = index * layout.mesh.extents[static_cast<std::size_t>(a)] + coordinate[static_cast<std::size_t>(a)];
+    if (splits(layout.rules[static_cast<std::size_t>(a)])) index = index * layout.mesh.extents[static_cast<std::size_t>(a)] + coordinate[static_cast<std::size_t>(a)];
   return index;
 }
 
@@ -225,8 +317,27 @@ struct dims_exist {
   static_assert(TensorRank >= Needed, "dcp: this Placement shards a dimension that the tensor does not have [tensor rank >= rank the Placement needs; dimensions count from 0]");
 };
 
+// A bucket is the same on every rank, so every part of its tensors has the size that it was told.
+constexpr void check_slot(Layout const& layout, int axis) {
+  auto const coordinates = [&](auto visit) {
+    MeshGeometry::Coordinate coordinate{};
+    visit(coordinate);
+    // Parts of a ceil(n / k) split are largest at the first and smallest at the last coordinate.
+    for (int a = 0; a < layout.mesh.axes; ++a)
+      if (layout.rules[static_cast<std::size_t>(a)].kind == RuleKind::shard) coordinate[static_cast<std::size_t>(a)] = layout.mesh.extents[static_cast<std::size_t>(a)] - 1;
+    visit(coordinate);
+  };
+  coordinates([&](MeshGeometry::Coordinate const& coordinate) {
+    if (Box const box = padded_box_at(layout, coordinate); box.shape.elements() != layout.flat.elements)
+      throw Error{ErrorCode::invalid_argument, "a tensor " + to_string(layout.shape) + " has a part " + to_string(box.shape) + " on some rank, and its place in the flat bucket is for " + std::to_string(layout.flat.elements) + " elements"}
+          .with_hint("a bucket is the same on all ranks; pad the tensor (dcp::Padded) so that its parts are equal");
+  });
+  if (std::int64_t const extent = layout.mesh.extents[static_cast<std::size_t>(axis)]; extent != layout.flat.ranks)
+    throw Error{ErrorCode::invalid_argument, "a flat bucket of " + std::to_string(layout.flat.ranks) + " ranks on a mesh axis of " + std::to_string(extent)};
+}
+
 // The layout of rules as values: one body for all placements.
-constexpr Layout layout_of_rules(MeshGeometry const& mesh, Padded const& shape, std::span<Rule const> rules, int needed_rank) {
+constexpr Layout layout_of_rules(MeshGeometry const& mesh, Padded const& shape, std::span<Rule const> rules, int needed_rank, FlatSlot const& flat = {}) {
   Layout layout;
   layout.shape = shape.logical;
   layout.split_shape = shape.padded;
@@ -239,6 +350,15 @@ constexpr Layout layout_of_rules(MeshGeometry const& mesh, Padded const& shape, 
       throw Error{ErrorCode::invalid_argument, "logical shape " + to_string(shape.logical) + " is larger than the padded shape " + to_string(shape.padded)};
   if (shape.logical.rank() < needed_rank)
     throw Error{ErrorCode::invalid_argument, "a tensor of shape " + to_string(shape.logical) + " has no dimension " + std::to_string(needed_rank - 1) + ", which its Placement shards"};
+  if (int const axis = flat_axis(layout); axis >= 0) {
+    for (int d = 1; d < shape.logical.rank(); ++d)
+      if (shape.logical[d] != shape.padded[d])
+        throw Error{ErrorCode::invalid_argument, "a flat tensor " + to_string(shape.logical) + " padded to " + to_string(shape.padded) + "; only its first dimension can be padded"};
+    layout.flat = flat;
+    if (flat.in_bucket()) check_slot(layout, axis);
+  } else if (flat.in_bucket()) {
+    throw Error{ErrorCode::invalid_argument, "a tensor " + to_string(shape.logical) + " of a flat bucket, whose Placement has no FlatShard"};
+  }
   return layout;
 }
 }  // namespace detail
@@ -247,12 +367,12 @@ constexpr Layout layout_of_rules(MeshGeometry const& mesh, Padded const& shape, 
 ///
 /// Throws    Error(invalid_argument) if the shape has fewer dimensions than P shards
 template <class P, int N>
-constexpr Layout layout_of(DeviceMesh<N> const& mesh, Padded const& shape) {
+constexpr Layout layout_of(DeviceMesh<N> const& mesh, Padded const& shape, FlatSlot const& flat = {}) {
   [[maybe_unused]] detail::a_placement<P> placement;
   [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
   std::span<Rule const> of_placement;
   if constexpr (is_placement<P>) of_placement = P::rules;
-  return detail::layout_of_rules(mesh.geometry(), shape, of_placement, detail::needed_rank_of<P>);
+  return detail::layout_of_rules(mesh.geometry(), shape, of_placement, detail::needed_rank_of<P>, flat);
 }
 template <class P, int N>
 constexpr Layout layout_of(DeviceMesh<N> const& mesh, Extents const& shape) {

@@ -14,7 +14,7 @@
 
 namespace dcp {
 
-enum class RuleKind : std::uint8_t { replicate, shard, partial };
+enum class RuleKind : std::uint8_t { replicate, shard, partial, flat };
 
 /// A rule as a value.
 struct Rule {
@@ -51,6 +51,13 @@ struct OrderedShard : detail::dim_counts_from_zero<Dim>, detail::step_counts_fro
 struct Replicate {
   static constexpr Rule rule{RuleKind::replicate, 0, -1};
 };
+/// Splits the elements, in row-major order, of what the Shard rules of the other axes leave: a ZeRO-style flat shard. Alone, a tensor is
+/// split evenly (as ZeRO stage 3 does); tensors that lie one behind the other in a buffer are split with it, see FlatBucket.
+///
+/// Example   Placement<FlatShard, Shard<0>> on a (dp, tp) mesh: rows over tp, and each rank's rows, flattened, over dp
+struct FlatShard {
+  static constexpr Rule rule{RuleKind::flat, 0, -1};
+};
 /// The ranks along the axis hold terms of a sum. Cannot be saved: there is no single value before the all-reduce.
 struct Partial {
   static constexpr Rule rule{RuleKind::partial, 0, -1};
@@ -84,6 +91,12 @@ struct rule_facts<Replicate> {
   static constexpr Rule rule = Replicate::rule;
 };
 template <>
+struct rule_facts<FlatShard> {
+  static constexpr bool is_rule = true;
+  static constexpr int dim = 0, step = 0;
+  static constexpr Rule rule = FlatShard::rule;
+};
+template <>
 struct rule_facts<Partial> {
   static constexpr bool is_rule = true;
   static constexpr int dim = 0, step = 0;
@@ -94,7 +107,7 @@ inline constexpr std::array<Rule, sizeof...(Rules)> rules_of{rule_facts<Rules>::
 
 template <class... Rules>
 struct a_placement_lists_rules {
-  static_assert((rule_facts<Rules>::is_rule && ... && true), "dcp: a Placement lists rules; each is Shard<Dim>, OrderedShard<Dim, Step>, Replicate or Partial");
+  static_assert((rule_facts<Rules>::is_rule && ... && true), "dcp: a Placement lists rules; each is Shard<Dim>, OrderedShard<Dim, Step>, FlatShard, Replicate or Partial");
 };
 
 template <std::size_t K>
@@ -108,6 +121,12 @@ template <std::size_t K>
 constexpr int partial_axes(std::array<Rule, K> const& rules) {
   int count = 0;
   for (auto const& rule : rules) count += rule.kind == RuleKind::partial ? 1 : 0;
+  return count;
+}
+template <std::size_t K>
+constexpr int flat_axes(std::array<Rule, K> const& rules) {
+  int count = 0;
+  for (auto const& rule : rules) count += rule.kind == RuleKind::flat ? 1 : 0;
   return count;
 }
 // Pairs of rules that split one dimension of which one is ordered and one is not.
@@ -135,13 +154,18 @@ template <int Repeated>
 struct each_step_once {
   static_assert(Repeated == 0, "dcp: two axes split a dimension with the same Step; number the cuts 0, 1, ... in the order they are made [repeated steps == 0]");
 };
+template <int Axes>
+struct one_flat_axis {
+  static_assert(Axes <= 1, "dcp: a Placement splits the flattened elements along two axes; use one FlatShard, over a mesh axis of all those ranks [FlatShard axes <= 1]");
+};
 // All that can be wrong with a Placement by itself.
 template <class... Rules>
 struct placement_checks : a_placement_lists_rules<Rules...>,
                           dim_counts_from_zero<std::min({0, rule_facts<Rules>::dim...})>,
                           step_counts_from_zero<std::min({0, rule_facts<Rules>::step...})>,
                           one_way_to_order_a_dim<mixed_orders(rules_of<Rules...>)>,
-                          each_step_once<repeated_steps(rules_of<Rules...>)> {};
+                          each_step_once<repeated_steps(rules_of<Rules...>)>,
+                          one_flat_axis<flat_axes(rules_of<Rules...>)> {};
 }  // namespace detail
 
 /// One rule per mesh axis.

@@ -8,7 +8,6 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
-#include <deque>
 #include <exception>
 #include <functional>
 #include <mutex>
@@ -43,7 +42,7 @@ class Workers {
     {
       std::lock_guard const lock{mutex_};
       stop_ = true;
-      jobs_.clear();
+      drop();
     }
     wake_.notify_all();
     for (auto& thread : threads_) thread.join();
@@ -62,8 +61,7 @@ class Workers {
       std::lock_guard const lock{mutex_};
       if (failure_) return;
       ++unfinished_;
-      if (urgent) jobs_.push_front(std::move(job));
-      else jobs_.push_back(std::move(job));
+      (urgent ? urgent_ : jobs_).push_back(std::move(job));
     }
     wake_.notify_one();
   }
@@ -95,10 +93,9 @@ class Workers {
   void run(std::size_t thread) {
     std::unique_lock lock{mutex_};
     for (;;) {
-      wake_.wait(lock, [&] { return stop_ || !jobs_.empty(); });
-      if (jobs_.empty()) return;
-      Job const job = std::move(jobs_.front());
-      jobs_.pop_front();
+      wake_.wait(lock, [&] { return stop_ || waiting() > 0; });
+      if (waiting() == 0) return;
+      Job const job = take();
       lock.unlock();
       attempt(job, thread);
       lock.lock();
@@ -119,13 +116,31 @@ class Workers {
   // With the lock held.
   void fail(std::exception_ptr const& failure) {
     if (!failure_) failure_ = failure;
-    unfinished_ -= jobs_.size();
+    unfinished_ -= waiting();
+    drop();
+  }
+  std::size_t waiting() const { return urgent_.size() + jobs_.size() - next_; }
+  Job take() {
+    Job job;
+    if (!urgent_.empty()) {
+      job = std::move(urgent_.back());
+      urgent_.pop_back();
+      return job;
+    }
+    job = std::move(jobs_[next_++]);
+    if (next_ == jobs_.size()) jobs_.clear(), next_ = 0;
+    return job;
+  }
+  void drop() {
+    urgent_.clear();
     jobs_.clear();
+    next_ = 0;
   }
 
   std::mutex mutex_;
   std::condition_variable wake_, ended_;
-  std::deque<Job> jobs_;
+  std::vector<Job> urgent_, jobs_;
+  std::size_t next_ = 0;         // of jobs_
   std::size_t unfinished_ = 0;   // waiting or running
   std::exception_ptr failure_;
   bool stop_ = false;

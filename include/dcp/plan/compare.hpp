@@ -13,7 +13,6 @@
 #include <limits>
 #include <string>
 #include <string_view>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -92,7 +91,7 @@ bool exact_number(Value const& value, DType to, Value& out) {
 }
 }  // namespace detail
 
-/// `names_tied_to(name)`: other names under which the state knows the same tensor, tried when the checkpoint lacks `name`.
+/// `tensors`, `values`: in name order. `names_tied_to(name)`: other names under which the state knows the same tensor, tried when the checkpoint lacks `name`.
 /// `policy_of(name)`: the policy of a name.
 ///
 /// Throws    one Error that lists every missing, unexpected and mismatched entry that no policy allows; the code is that of the first
@@ -101,8 +100,8 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
                    TiedNames names_tied_to, PolicyOf policy_of) {
   Comparison result;
   Problems problems;
-  std::unordered_set<CatalogTensor const*> used;
-  std::unordered_set<Value const*> used_values;
+  std::vector<bool> used(catalog.tensors.size());
+  auto const number_of = [&](CatalogTensor const* tensor) { return static_cast<std::size_t>(tensor - catalog.tensors.data()); };
   auto const find = [&](std::string const& name) -> CatalogTensor const* {
     if (auto const* tensor = catalog.find_tensor(name)) return tensor;
     return catalog.find_tensor(catalog.stored_name(name));
@@ -113,7 +112,7 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
     wanted.stored = find(tensor.name);
     for (auto const& other : names_tied_to(tensor.name)) {
       if (wanted.stored == nullptr) wanted.stored = find(other);
-      if (auto const* also = find(other)) used.insert(also);
+      if (auto const* also = find(other)) used[number_of(also)] = true;
     }
     if (wanted.stored == nullptr) {
       if (catalog.find_value(tensor.name) != nullptr) {
@@ -127,7 +126,8 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
       }
       continue;
     }
-    wanted.shared = !used.insert(wanted.stored).second && names_tied_to(tensor.name).empty();
+    wanted.shared = used[number_of(wanted.stored)] && names_tied_to(tensor.name).empty();
+    used[number_of(wanted.stored)] = true;
     CatalogTensor const& stored = *wanted.stored;
     auto const difference = [&] { return tensor.name + ": checkpoint has " + detail::describe(stored.dtype, stored.shape) + ", state wants " + detail::describe(tensor.dtype, tensor.layout.shape); };
     if (!(stored.shape == tensor.layout.shape)) {
@@ -152,7 +152,7 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
     if (stored == nullptr) {
       if (find(value.name) != nullptr) {
         problems.add(ErrorCode::kind_mismatch, value.name + ": checkpoint has a tensor, state wants a value");
-        used.insert(find(value.name));
+        used[number_of(find(value.name))] = true;
       } else if (!policy.allow_missing) {
         problems.add(ErrorCode::missing_entry, value.name + ": Missing key in checkpoint; state wants a value (" + std::string{to_string(value.value_kind)} + ")");
         problems.hint("LoadOptions::on_missing = keep leaves such entries unchanged");
@@ -161,7 +161,6 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
       }
       continue;
     }
-    used_values.insert(stored);
     bool const stored_per_rank = stored->kind == ValueKind::per_rank;
     if (stored_per_rank != value.per_rank) {
       problems.add(ErrorCode::kind_mismatch, value.name + (stored_per_rank ? ": checkpoint has a value per rank, state wants one for all" : ": checkpoint has one value for all ranks, state wants one per rank"));
@@ -184,12 +183,16 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
     wanted.stored = stored;
   }
   for (auto const& tensor : catalog.tensors) {
-    if (used.contains(&tensor)) continue;
+    if (used[number_of(&tensor)]) continue;
     if (policy_of(tensor.name).allow_unexpected) result.unexpected.push_back(tensor.name);
     else problems.add(ErrorCode::unexpected_entry, tensor.name + ": in the checkpoint, but not in the state"), problems.hint("LoadOptions::on_unexpected = ignore leaves such entries out");
   }
+  struct ByName {
+    bool operator()(SchemaEntry const* entry, std::string_view other) const { return entry->name < other; }
+    bool operator()(std::string_view other, SchemaEntry const* entry) const { return other < entry->name; }
+  };
   for (auto const& [name, value] : catalog.values) {
-    if (used_values.contains(&value)) continue;
+    if (std::binary_search(values.begin(), values.end(), name, ByName{})) continue;
     if (policy_of(name).allow_unexpected) result.unexpected.push_back(name);
     else problems.add(ErrorCode::unexpected_entry, name + ": in the checkpoint, but not in the state"), problems.hint("LoadOptions::on_unexpected = ignore leaves such entries out");
   }

@@ -237,6 +237,8 @@ class SavePlan {
     Extents const strides = row_major_strides(stored.box.shape);
     std::int64_t run = 1;
     for (int d = cell.rank(); d-- > 0 && (cell.shape[d] == 1 || strides[d] == run);) run *= cell.shape[d];
+    // A flat axis cuts on, where it pleases.
+    if (int const axis = flat_axis(tensor.layout); axis >= 0) run = std::min(run, ceil_div(cell.shape.elements(), std::max<std::int64_t>(1, flat_parts(tensor.layout, axis))));
     return bytes_of(tensor.dtype, run) >= options_.long_run_bytes;
   }
 

@@ -10,6 +10,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <map>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -81,9 +84,13 @@ void encode_layout(ByteWriter& out, Layout const& layout) {
   out.number(layout.everywhere).number(layout.mesh.axes).number(layout.mesh.world).number(layout.mesh.base);
   for (std::size_t a = 0; a < static_cast<std::size_t>(layout.mesh.axes); ++a)
     out.number(layout.mesh.extents[a]).number(layout.mesh.strides[a]).number(layout.rules[a].kind).number(layout.rules[a].dim).number(layout.rules[a].step);
+  FlatSlot const& flat = layout.flat;
+  if (flat_axis(layout) >= 0) out.number(flat.offset).number(flat.elements).number(flat.ranks).number(flat.shard).number(flat.ranges.digest());
 }
+// The ranges of flat buckets are as long as a job has ranks, and all tensors of a bucket have the same.
+using RangesByDigest = std::map<std::uint64_t, SharedRanges>;
 template <class = Deferred>
-Layout decode_layout(ByteReader& in) {
+Layout decode_layout(ByteReader& in, RangesByDigest const& ranges) {
   Layout layout;
   int const rank = std::clamp(in.number<int>(), 0, max_rank);
   layout.shape = layout.split_shape = Extents::filled(rank, 0);
@@ -94,6 +101,11 @@ Layout decode_layout(ByteReader& in) {
   for (std::size_t a = 0; a < static_cast<std::size_t>(layout.mesh.axes); ++a) {
     layout.mesh.extents[a] = in.number<std::int64_t>(), layout.mesh.strides[a] = in.number<std::int64_t>();
     layout.rules[a].kind = in.number<RuleKind>(), layout.rules[a].dim = in.number<int>(), layout.rules[a].step = in.number<int>();
+  }
+  if (flat_axis(layout) >= 0) {
+    layout.flat.offset = in.number<std::int64_t>(), layout.flat.elements = in.number<std::int64_t>();
+    layout.flat.ranks = in.number<std::int64_t>(), layout.flat.shard = in.number<std::int64_t>();
+    if (auto const at = ranges.find(in.number<std::uint64_t>()); at != ranges.end()) layout.flat.ranges = at->second;
   }
   return layout;
 }
@@ -112,7 +124,12 @@ Bytes encode_entries(std::vector<SchemaEntry> const& entries, bool values) {
 }
 template <class = Deferred>
 Bytes encode(Schema const& schema) {
+  detail::RangesByDigest ranges;
+  for (auto const& entry : schema.entries)
+    if (entry.layout.flat.ranges) ranges.emplace(entry.layout.flat.ranges.digest(), entry.layout.flat.ranges);
   ByteWriter out;
+  out.number<std::uint64_t>(ranges.size());
+  for (auto const& [digest, list] : ranges) out.number(digest).block(std::as_bytes(std::span{list.by_coordinate()}));
   out.raw(encode_entries(schema.entries, true)).number<std::uint64_t>(schema.ties.size());
   for (auto const& tie : schema.ties) out.text(tie.dropped).text(tie.kept);
   return out.take();
@@ -121,11 +138,19 @@ template <class = Deferred>
 Schema decode_schema(ConstByteSpan bytes) {
   ByteReader in{bytes};
   Schema schema;
+  detail::RangesByDigest ranges;
+  for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
+    auto const digest = in.number<std::uint64_t>();
+    auto const block = in.block();
+    std::vector<FlatRange> list(block.size() / sizeof(FlatRange));
+    if (!list.empty()) std::memcpy(list.data(), block.data(), list.size() * sizeof(FlatRange));
+    ranges.emplace(digest, detail::SharedRanges{std::move(list)});
+  }
   for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
     SchemaEntry& entry = schema.entries.emplace_back();
     entry.name = in.text(), entry.is_tensor = in.number<bool>(), entry.dtype = in.number<DType>(), entry.value_kind = in.number<ValueKind>();
     entry.per_rank = in.number<bool>(), entry.value_crc = in.number<std::uint64_t>();
-    if (entry.is_tensor) entry.layout = detail::decode_layout(in);
+    if (entry.is_tensor) entry.layout = detail::decode_layout(in, ranges);
   }
   for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
     Tie& tie = schema.ties.emplace_back();

@@ -28,7 +28,7 @@ struct TensorSpec {
   Layout layout;
 };
 
-/// Elements [begin, end) of a cell, in its row-major order.
+/// Elements [begin, end) of a cell (what the ranks at one coordinate of the splitting axes hold), in its row-major order.
 struct CellRange {
   std::int64_t begin, end;
 };
@@ -45,16 +45,14 @@ class Shares {
 
   template <class = Deferred>
   Shares(std::vector<TensorSpec> const& tensors, std::int64_t ranks) : loads_(static_cast<std::size_t>(ranks), 0), place_(tensors.size()) {
-    std::map<Key, std::size_t> known;
+    std::multimap<std::uint64_t, std::size_t> known;
     for (std::size_t t = 0; t < tensors.size(); ++t) {
-      auto const [at, fresh] = known.try_emplace(Key{tensors[t].layout, tensors[t].dtype}, groups_.size());
-      if (fresh) groups_.push_back({tensors[t].layout, tensors[t].dtype, 0, {}, {}});
-      Group& group = groups_[at->second];
-      place_[t] = {at->second, group.count++};
+      std::size_t const g = group_of(tensors[t], known);
+      place_[t] = {g, groups_[g].count++};
     }
     std::vector<std::size_t> order(groups_.size());
     std::iota(order.begin(), order.end(), std::size_t{0});
-    std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return replicas(groups_[a].layout) < replicas(groups_[b].layout); });
+    std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return groups_[a].copies < groups_[b].copies; });
     for (auto const g : order) fill(groups_[g]);
   }
 
@@ -63,9 +61,11 @@ class Shares {
   CellRange range_of(std::size_t t, MeshGeometry::Coordinate const& coordinate) const {
     auto const& [g, index] = place_[t];
     Group const& group = groups_[g];
-    std::int64_t const cell = cell_index(group.layout, coordinate), replica = replica_index(group.layout, coordinate);
-    std::int64_t const bytes = group.cell_bytes[static_cast<std::size_t>(cell)], line = index * bytes;
-    std::int64_t const* cuts = cuts_of_cell(group, cell);
+    HeldPart const part = held_at(group.layout, coordinate);
+    if (group.copies == 1 || part.empty()) return {0, part.elements()};
+    std::int64_t const replica = replica_index(group.layout, coordinate);
+    std::int64_t const bytes = static_cast<std::int64_t>(bytes_of(group.dtype, part.elements())), line = index * bytes;
+    std::int64_t const* cuts = cuts_of_cell(group, coordinate);
     std::int64_t const begin = std::clamp(cuts[replica] - line, std::int64_t{0}, bytes), end = std::clamp(cuts[replica + 1] - line, std::int64_t{0}, bytes);
     return {begin * 8 / bits_of(group.dtype), end * 8 / bits_of(group.dtype)};
   }
@@ -76,15 +76,13 @@ class Shares {
     auto const& [g, position] = place_[t];
     Group const& group = groups_[g];
     auto const coordinate = coordinate_holding(group.layout, index);
-    std::int64_t const count = replicas(group.layout);
-    if (count == 1) return group.layout.mesh.rank_at(coordinate);
-    Box const box = box_at(group.layout, coordinate);
+    if (group.copies == 1) return group.layout.mesh.rank_at(coordinate);
+    HeldPart const part = held_at(group.layout, coordinate);
     std::int64_t element = 0;
-    for (int d = 0; d < box.rank(); ++d) element = element * box.shape[d] + (index[d] - box.origin[d]);
-    std::int64_t const cell = cell_index(group.layout, coordinate);
-    std::int64_t const at = position * group.cell_bytes[static_cast<std::size_t>(cell)] + static_cast<std::int64_t>(bytes_of(group.dtype, element));
-    std::int64_t const* cuts = cuts_of_cell(group, cell);
-    std::int64_t const replica = std::upper_bound(cuts + 1, cuts + count, at) - (cuts + 1);
+    for (int d = 0; d < part.box.rank(); ++d) element = element * part.box.shape[d] + (index[d] - part.box.origin[d]);
+    std::int64_t const at = position * static_cast<std::int64_t>(bytes_of(group.dtype, part.elements())) + static_cast<std::int64_t>(bytes_of(group.dtype, element - part.begin));
+    std::int64_t const* cuts = cuts_of_cell(group, coordinate);
+    std::int64_t const replica = std::upper_bound(cuts + 1, cuts + group.copies, at) - (cuts + 1);
     return group.layout.mesh.rank_at(replica_coordinate(group.layout, coordinate, replica));
   }
 
@@ -95,55 +93,75 @@ class Shares {
   struct Group {
     Layout layout;
     DType dtype;
-    std::int64_t count;                    // tensors
-    std::vector<std::int64_t> cell_bytes;  // of one tensor, per cell
-    std::vector<std::int64_t> cuts;        // per cell, replicas + 1 positions on its line
+    std::int64_t count = 0;                // tensors
+    std::int64_t copies = 1;               // replicas of each cell
+    int flat = -1;                         // the flat axis, and the first of its coordinates that holds an element
+    std::int64_t first = 0;
+    Layout numbered;                       // the mesh without coordinates of the flat axis that hold nothing: numbers the cells
+    std::vector<std::int64_t> cuts;        // with several copies, per cell: copies + 1 positions on its line
   };
   struct Place {
     std::size_t group;
     std::int64_t index;   // among the tensors of the group
   };
-  struct Key {
-    Layout layout;
-    DType dtype;
-    template <class = Deferred>
-    friend bool operator<(Key const& a, Key const& b) { return a.tuple() < b.tuple(); }
-    template <class = Deferred>
-    std::array<std::int64_t, 4 + 2 * max_rank + 2 * max_axes + max_axes> tuple() const {
-      std::array<std::int64_t, 4 + 2 * max_rank + 2 * max_axes + max_axes> key{};
-      std::size_t at = 0;
-      key[at++] = static_cast<std::int64_t>(dtype);
-      key[at++] = layout.mesh.axes;
-      key[at++] = layout.mesh.base;
-      key[at++] = layout.shape.rank();
-      for (int d = 0; d < layout.shape.rank(); ++d) key[at++] = layout.shape[d], key[at++] = layout.split_shape[d];
-      at = 4 + 2 * max_rank;
-      for (int a = 0; a < layout.mesh.axes; ++a) {
-        auto const i = static_cast<std::size_t>(a);
-        key[at++] = layout.mesh.extents[i], key[at++] = layout.mesh.strides[i];
-        key[at++] = layout.rules[i].kind == RuleKind::shard ? 1 + layout.rules[i].dim * 64 + layout.rules[i].step + 1 : 0;
-      }
-      return key;
+
+  static std::uint64_t hash_of(TensorSpec const& tensor) {
+    std::uint64_t hash = static_cast<std::uint64_t>(tensor.dtype);
+    auto const mix = [&](std::int64_t value) { hash = (hash ^ static_cast<std::uint64_t>(value)) * 0x9E3779B97F4A7C15u, hash ^= hash >> 29; };
+    Layout const& layout = tensor.layout;
+    for (int d = 0; d < layout.shape.rank(); ++d) mix(layout.shape[d]), mix(layout.split_shape[d]);
+    mix(layout.mesh.base);
+    for (std::size_t a = 0; a < static_cast<std::size_t>(layout.mesh.axes); ++a) {
+      mix(layout.mesh.extents[a] * 64 + static_cast<std::int64_t>(layout.rules[a].kind) * 16 + layout.rules[a].dim);
+      mix(layout.mesh.strides[a]);
     }
-  };
+    mix(layout.flat.offset);
+    return hash;
+  }
+  template <class = Deferred>
+  std::size_t group_of(TensorSpec const& tensor, std::multimap<std::uint64_t, std::size_t>& known) {
+    // Models list layers, and the tensors of a layer come in an order: mostly it is a group seen before.
+    std::uint64_t const hash = hash_of(tensor);
+    for (auto [at, end] = known.equal_range(hash); at != end; ++at)
+      if (groups_[at->second].dtype == tensor.dtype && groups_[at->second].layout == tensor.layout) return at->second;
+    known.emplace(hash, groups_.size());
+    Group& group = groups_.emplace_back();
+    group.layout = group.numbered = tensor.layout;
+    group.dtype = tensor.dtype;
+    group.copies = replicas(tensor.layout);
+    group.flat = flat_axis(tensor.layout);
+    if (group.flat >= 0) {
+      std::int64_t& extent = group.numbered.mesh.extents[static_cast<std::size_t>(group.flat)];
+      auto const [first, last] = tensor.layout.flat.coordinates(extent);
+      group.first = first;
+      extent = last + 1 - first;
+    }
+    return groups_.size() - 1;
+  }
 
   template <class = Deferred>
-  static std::int64_t const* cuts_of_cell(Group const& group, std::int64_t cell) { return group.cuts.data() + cell * (replicas(group.layout) + 1); }
+  static std::int64_t const* cuts_of_cell(Group const& group, MeshGeometry::Coordinate coordinate) {
+    if (group.flat >= 0) coordinate[static_cast<std::size_t>(group.flat)] -= group.first;
+    return group.cuts.data() + cell_index(group.numbered, coordinate) * (group.copies + 1);
+  }
 
   template <class = Deferred>
   void fill(Group& group) {
-    std::int64_t const count = cells(group.layout), copies = replicas(group.layout);
-    group.cell_bytes.resize(static_cast<std::size_t>(count));
-    group.cuts.resize(static_cast<std::size_t>(count * (copies + 1)));
-    std::vector<std::size_t> ranks(static_cast<std::size_t>(copies));
+    std::int64_t const count = cells(group.numbered);
+    std::vector<std::size_t> ranks(static_cast<std::size_t>(group.copies));
+    if (group.copies > 1) group.cuts.resize(static_cast<std::size_t>(count * (group.copies + 1)));
     for (std::int64_t cell = 0; cell < count; ++cell) {
-      auto const coordinate = cell_coordinate(group.layout, cell);
-      std::int64_t const bytes = static_cast<std::int64_t>(bytes_of(group.dtype, static_cast<std::int64_t>(box_at(group.layout, coordinate).size())));
-      group.cell_bytes[static_cast<std::size_t>(cell)] = bytes;
-      for (std::int64_t r = 0; r < copies; ++r)
-        ranks[static_cast<std::size_t>(r)] = static_cast<std::size_t>(group.layout.mesh.rank_at(replica_coordinate(group.layout, coordinate, r)));
-      std::int64_t* cuts = group.cuts.data() + cell * (copies + 1);
+      auto coordinate = cell_coordinate(group.numbered, cell);
+      if (group.flat >= 0) coordinate[static_cast<std::size_t>(group.flat)] += group.first;
+      std::int64_t const bytes = static_cast<std::int64_t>(bytes_of(group.dtype, held_at(group.layout, coordinate).elements()));
       std::int64_t const line = bytes * group.count;
+      if (group.copies == 1) {
+        loads_[static_cast<std::size_t>(group.layout.mesh.rank_at(coordinate))] += line;
+        continue;
+      }
+      for (std::int64_t r = 0; r < group.copies; ++r)
+        ranks[static_cast<std::size_t>(r)] = static_cast<std::size_t>(group.layout.mesh.rank_at(replica_coordinate(group.layout, coordinate, r)));
+      std::int64_t* cuts = group.cuts.data() + cell * (group.copies + 1);
       std::int64_t const level = level_that_holds(ranks, line);
       // Ideal lengths in replica order; each cut is rounded, and what rounding moves is seen by the groups filled later.
       std::int64_t ideal = 0;

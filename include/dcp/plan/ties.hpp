@@ -21,6 +21,13 @@ struct LocalMemory {
   std::uintptr_t begin, end;
 };
 
+/// This rank's part of a tensor, by its own entry: plain tensors are whole on every rank that lists them.
+template <class = Deferred>
+HeldPart held_part(Layout const& layout, std::int64_t rank) {
+  if (layout.everywhere) return {Box::whole(layout.shape), 0, layout.shape.elements()};
+  return held_by(layout, rank).value_or(HeldPart{nothing_of(layout.shape)});
+}
+
 template <class = Deferred>
 bool same_memory(StateEntry const& a, StateEntry const& b) {
   return a.tensor->memory.data == b.tensor->memory.data && a.tensor->dtype == b.tensor->dtype && a.tensor->memory.strides == b.tensor->memory.strides &&
@@ -34,12 +41,13 @@ std::vector<LocalMemory> local_memory(StateDict const& state, std::int64_t rank)
   for (auto const& entry : state.entries()) {
     if (!entry.tensor) continue;
     Layout const& layout = entry.tensor->layout;
-    auto const box = layout.everywhere ? std::optional{Box::whole(layout.shape)} : box_of_rank(layout, rank);
-    if (!box || box->empty()) continue;
+    HeldPart const held = held_part(layout, rank);
+    if (held.empty()) continue;
+    Extents const shape = held.flat ? Extents{held.elements()} : held.box.shape;
     std::int64_t last = 0;
-    for (int d = 0; d < box->rank(); ++d) last += (box->shape[d] - 1) * entry.tensor->memory.strides[d];
+    for (int d = 0; d < shape.rank(); ++d) last += (shape[d] - 1) * entry.tensor->memory.strides[d];
     auto const begin = reinterpret_cast<std::uintptr_t>(entry.tensor->memory.data);
-    parts.push_back({&entry, box->shape, begin, begin + std::max<std::uint64_t>(1, bytes_of(entry.tensor->dtype, last + 1))});
+    parts.push_back({&entry, shape, begin, begin + std::max<std::uint64_t>(1, bytes_of(entry.tensor->dtype, last + 1))});
   }
   return parts;
 }
@@ -99,8 +107,7 @@ std::vector<Tie> find_ties(StateDict const& state, std::int64_t rank) {
 /// Whether this rank may speak against a tie: it holds elements of the tensor.
 template <class = Deferred>
 bool has_elements(Layout const& layout, std::int64_t rank) {
-  auto const box = layout.everywhere ? std::optional{Box::whole(layout.shape)} : box_of_rank(layout, rank);
-  return box && !box->empty();
+  return !detail::held_part(layout, rank).empty();
 }
 
 }  // namespace dcp

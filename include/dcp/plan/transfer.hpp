@@ -6,6 +6,7 @@
 #include <dcp/base/error.hpp>
 #include <dcp/core/box.hpp>
 #include <dcp/core/dtype.hpp>
+#include <dcp/core/layout.hpp>
 #include <dcp/core/tensor_view.hpp>
 
 #include <algorithm>
@@ -144,6 +145,25 @@ Transfer make_transfer(DType dtype, DType memory_dtype, Box const& part, Box con
   if (bits >= 8 || transfer.end == 0) return transfer;
   if (in_file * bits % 8 != 0 || in_memory * bits % 8 != 0) throw Error{ErrorCode::misaligned, "a box of " + std::string{to_string(dtype)} + " elements begins inside a byte"};
   return in_whole_bytes(transfer);
+}
+
+/// Calls visit(box, memory) for the boxes that a part consists of, none of them empty; `memory` is then that of the box's first element.
+template <class Visit>
+void for_each_held_box(HeldPart const& held, DType memory_dtype, MemoryView const& memory, Visit visit) {
+  if (held.empty()) return;
+  if (!held.flat) return static_cast<void>(visit(held.box, memory));
+  std::int64_t const step = memory.strides[0];
+  for_each_box(held.box, held.begin, held.end, [&](Box const& box, std::int64_t first) {
+    MemoryView at{memory.data + static_cast<std::ptrdiff_t>(bytes_of(memory_dtype, (first - held.begin) * step)), row_major_strides(held.box.shape)};
+    for (int d = 0; d < at.strides.rank(); ++d) at.strides[d] *= step;
+    visit(box, at);
+  });
+}
+/// Elements [begin, end) of a part, and their memory.
+template <class = Deferred>
+std::pair<HeldPart, MemoryView> slice_of(HeldPart held, DType memory_dtype, MemoryView memory, std::int64_t begin, std::int64_t end) {
+  memory.data += static_cast<std::ptrdiff_t>(bytes_of(memory_dtype, begin * memory.strides[0]));
+  return {HeldPart{held.box, held.begin + begin, held.begin + end, true}, memory};
 }
 
 /// Whether every run of `part` starts and ends on a byte in an array of `stored`'s shape: a condition for elements smaller than a byte.

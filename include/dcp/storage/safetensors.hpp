@@ -21,6 +21,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -377,18 +378,26 @@ class SafeTensorsDriver final : public AnyStorage {
       std::uint32_t tensor;
       Box box;
     };
-    std::map<std::pair<std::string, int>, std::vector<Piece>> members;
+    // A flat shard is several boxes of one name, and a file holds a name once: they go to as many files.
+    std::map<std::tuple<std::string, int, int>, std::vector<Piece>> members;
     for (std::uint32_t t = 0; t < targets.size(); ++t) {
       Layout const& layout = request.tensors[t].layout;
       auto const coordinate = layout.mesh.coordinate_of(request.rank);
       if (!coordinate) continue;
       bool const first = layout.mesh.rank_at(MeshGeometry::Coordinate{}) == request.rank;
-      Box const box = layout.shape.empty() ? Box::whole(layout.shape) : rows_of_share(box_at(layout, *coordinate), request.shares.range_of(t, *coordinate));
-      // A tensor without elements is still an entry, of one rank.
-      if (layout.shape.empty() ? !first : box.size() == 0 || (box.rank() != layout.shape.rank())) continue;
-      if (!on_byte_boundaries(request.tensors[t].dtype, box, Box::whole(layout.shape)))
-        throw Error{ErrorCode::misaligned, request.tensors[t].name + ": its layout cuts a byte of " + std::string{to_string(request.tensors[t].dtype)} + " elements"};
-      members[{targets[t].directory, targets[t].file}].push_back({t, box});
+      int pieces = 0;
+      auto const add = [&](Box const& box) {
+        if (!on_byte_boundaries(request.tensors[t].dtype, box, Box::whole(layout.shape)))
+          throw Error{ErrorCode::misaligned, request.tensors[t].name + ": its layout cuts a byte of " + std::string{to_string(request.tensors[t].dtype)} + " elements"};
+        members[{targets[t].directory, targets[t].file, pieces++}].push_back({t, box});
+      };
+      if (layout.shape.empty()) {   // still an entry, of one rank
+        if (first) add(Box::whole(layout.shape));
+        continue;
+      }
+      CellRange const range = request.shares.range_of(t, *coordinate);
+      if (HeldPart const held = held_at(layout, *coordinate); held.flat) for_each_box(held.box, held.begin + range.begin, held.begin + range.end, [&](Box const& box, std::int64_t) { add(box); });
+      else if (Box const box = rows_of_share(held.box, range); box.size() > 0) add(box);
     }
     FilePlan plan;
     for (auto const& [key, pieces] : members) {
@@ -409,7 +418,8 @@ class SafeTensorsDriver final : public AnyStorage {
       Bytes header = safetensors::write_header(infos, std::move(metadata), 4096);
       PlannedFile& file = plan.files.emplace_back();
       file.only_rank = request.rank;
-      file.path = joined(key.first, hf::shard_file_name(static_cast<int>(request.rank) + 1, key.second, targets[pieces[0].tensor].files));
+      auto const& [directory, number, part] = key;
+      file.path = joined(directory, hf::shard_file_name(static_cast<int>(request.rank + part * request.ranks) + 1, number, targets[pieces[0].tensor].files));
       file.size = header.size();
       for (auto const& info : infos) {
         Piece const& piece = *by_name[info.name];
