@@ -91,6 +91,64 @@ template <class = Deferred>
   throw Error{ErrorCode::ranks_disagree, "ranks hold different values"};
 }
 
+/// What distinct kinds of rank mean together, and where the entries of this rank are. `parts[i]` comes from rank `first_rank[i]`. Pure, and
+/// but for the pointers equal on all ranks, as are its errors.
+template <class = Deferred>
+AgreedState merge_states(std::vector<Schema> parts, std::vector<std::int64_t> const& first_rank, std::vector<Tie> ties, StateDict const& state, std::int64_t ranks) {
+  AgreedState agreed;
+  agreed.schema = merge_schemas(std::move(parts), first_rank, ranks);
+  agreed.schema.ties = std::move(ties);
+  auto& entries = agreed.schema.entries;
+  Problems problems;
+  for (auto const& tie : agreed.schema.ties) {
+    auto const* kept = agreed.schema.find(tie.kept);
+    if (kept == nullptr || !kept->is_tensor) problems.add(ErrorCode::missing_entry, tie.dropped + ": tied to " + tie.kept + ", which is no tensor of the state");
+    else if (std::any_of(agreed.schema.ties.begin(), agreed.schema.ties.end(), [&](Tie const& other) { return other.dropped == tie.kept; }))
+      problems.add(ErrorCode::invalid_argument, tie.dropped + ": tied to " + tie.kept + ", which is itself tied; tie both to the same name");
+  }
+  problems.raise();
+  std::erase_if(entries, [&](SchemaEntry const& entry) {
+    return std::any_of(agreed.schema.ties.begin(), agreed.schema.ties.end(), [&](Tie const& tie) { return tie.dropped == entry.name; });
+  });
+  auto const mine = entries_by_name(state);
+  agreed.tensors.reserve(entries.size());
+  agreed.local_tensors.reserve(entries.size());
+  for (auto const& entry : entries) {
+    auto const at = mine.find(entry.name);
+    StateEntry const* here = at == mine.end() ? nullptr : at->second;
+    if (entry.is_tensor) {
+      agreed.tensors.push_back({entry.name, entry.dtype, entry.layout});
+      agreed.local_tensors.push_back(here);
+    } else {
+      agreed.values.push_back(&entry);
+      agreed.local_values.push_back(here);
+    }
+  }
+  return agreed;
+}
+
+/// What only this rank can find wrong with what was agreed on.
+template <class = Deferred>
+void check_own_part(AgreedState const& agreed, std::int64_t rank, bool saving) {
+  Problems wrong;
+  for (std::size_t t = 0; t < agreed.tensors.size(); ++t) {
+    TensorSpec const& tensor = agreed.tensors[t];
+    bool const in_mesh = tensor.layout.mesh.coordinate_of(rank).has_value();
+    if (in_mesh && agreed.local_tensors[t] == nullptr)
+      wrong.add(ErrorCode::ranks_disagree, tensor.name + ": rank " + std::to_string(rank) + " belongs to the tensor's mesh, but does not list it");
+    for (auto const& rule : tensor.layout.rules)
+      if (saving && rule.kind == RuleKind::partial) wrong.add(ErrorCode::invalid_argument, tensor.name + ": a tensor with Partial axes holds unreduced terms and has no single value to save; all-reduce it first");
+    if (in_mesh && agreed.local_tensors[t] != nullptr) {
+      bool whole = true;
+      if (bits_of(tensor.dtype) % 8 != 0)
+        for_each_held_box(held_part(tensor.layout, rank), tensor.dtype, agreed.local_tensors[t]->tensor->memory,
+                          [&](Box const& box, MemoryView const&) { whole = whole && on_byte_boundaries(tensor.dtype, box, Box::whole(tensor.layout.shape)); });
+      if (!whole) wrong.add(ErrorCode::misaligned, tensor.name + ": its layout cuts a byte of " + std::string{to_string(tensor.dtype)} + " elements on rank " + std::to_string(rank));
+    }
+  }
+  wrong.raise();
+}
+
 /// Collective. Throws the same Error on every rank: of local mistakes (duplicate names, overlapping memory), of differences between
 /// ranks (options, layouts, values), of tensors that a rank of their mesh does not list.
 ///
@@ -146,54 +204,8 @@ AgreedState agree_state(CommRef comm, std::string_view phase, StateDict const& s
       broadcast_bytes(comm, bytes, static_cast<int>(first_rank[k]));
       parts.push_back(decode_schema(bytes));
     }
-    AgreedState agreed;
-    agreed.schema = merge_schemas(std::move(parts), first_rank, comm.size());
-    agreed.schema.ties = std::move(ties);
-    auto& entries = agreed.schema.entries;
-    Problems problems;
-    for (auto const& tie : agreed.schema.ties) {
-      auto const* kept = agreed.schema.find(tie.kept);
-      if (kept == nullptr || !kept->is_tensor) problems.add(ErrorCode::missing_entry, tie.dropped + ": tied to " + tie.kept + ", which is no tensor of the state");
-      else if (std::any_of(agreed.schema.ties.begin(), agreed.schema.ties.end(), [&](Tie const& other) { return other.dropped == tie.kept; }))
-        problems.add(ErrorCode::invalid_argument, tie.dropped + ": tied to " + tie.kept + ", which is itself tied; tie both to the same name");
-    }
-    problems.raise();
-    std::erase_if(entries, [&](SchemaEntry const& entry) {
-      return std::any_of(agreed.schema.ties.begin(), agreed.schema.ties.end(), [&](Tie const& tie) { return tie.dropped == entry.name; });
-    });
-    auto const mine = entries_by_name(state);
-    agreed.tensors.reserve(entries.size());
-    agreed.local_tensors.reserve(entries.size());
-    for (auto const& entry : entries) {
-      auto const at = mine.find(entry.name);
-      StateEntry const* here = at == mine.end() ? nullptr : at->second;
-      if (entry.is_tensor) {
-        agreed.tensors.push_back({entry.name, entry.dtype, entry.layout});
-        agreed.local_tensors.push_back(here);
-      } else {
-        agreed.values.push_back(&entry);
-        agreed.local_values.push_back(here);
-      }
-    }
-    agree(comm, phase, [&] {
-      Problems wrong;
-      for (std::size_t t = 0; t < agreed.tensors.size(); ++t) {
-        TensorSpec const& tensor = agreed.tensors[t];
-        bool const in_mesh = tensor.layout.mesh.coordinate_of(comm.rank()).has_value();
-        if (in_mesh && agreed.local_tensors[t] == nullptr)
-          wrong.add(ErrorCode::ranks_disagree, tensor.name + ": rank " + std::to_string(comm.rank()) + " belongs to the tensor's mesh, but does not list it");
-        for (auto const& rule : tensor.layout.rules)
-          if (saving && rule.kind == RuleKind::partial) wrong.add(ErrorCode::invalid_argument, tensor.name + ": a tensor with Partial axes holds unreduced terms and has no single value to save; all-reduce it first");
-        if (in_mesh && agreed.local_tensors[t] != nullptr) {
-          bool whole = true;
-          if (bits_of(tensor.dtype) % 8 != 0)
-            for_each_held_box(held_part(tensor.layout, comm.rank()), tensor.dtype, agreed.local_tensors[t]->tensor->memory,
-                              [&](Box const& box, MemoryView const&) { whole = whole && on_byte_boundaries(tensor.dtype, box, Box::whole(tensor.layout.shape)); });
-          if (!whole) wrong.add(ErrorCode::misaligned, tensor.name + ": its layout cuts a byte of " + std::string{to_string(tensor.dtype)} + " elements on rank " + std::to_string(comm.rank()));
-        }
-      }
-      wrong.raise();
-    });
+    AgreedState agreed = merge_states(std::move(parts), first_rank, std::move(ties), state, comm.size());
+    agree(comm, phase, [&] { check_own_part(agreed, comm.rank(), saving); });
     return agreed;
   } catch (Error& error) {
     throw error.with_phase(std::string{phase});

@@ -173,7 +173,9 @@ bool still_holds(AnyMedium& medium, std::string const& directory, Bytes const& r
 
 /// What rank 0 has seen of a place while it was being opened and read.
 struct Sighting {
-  std::string id;              // of the record; empty if there was none, or none that could be read. On rank 0
+  // On rank 0. Both, because a directory is renamed when its save ends:
+  std::string directory;
+  std::string id;              // of the record; empty if there was none, or none that could be read
   bool complete = false;       // all was read: an error that comes now has another reason
 };
 
@@ -190,13 +192,15 @@ auto again_if_replaced(CommRef comm, AnyMedium& medium, std::string const& place
       if (seen.complete || attempt == most_replacements) throw;
       std::uint8_t replaced = 0;
       if (comm.rank() == 0) {
-        std::string now;
+        Sighting now;
         try {
-          if (auto const located = locate_checkpoint(medium, place); located.record) now = located.record->id;
+          Located const located = locate_checkpoint(medium, place);
+          now.directory = located.directory;
+          if (located.record) now.id = located.record->id;
         } catch (Error const&) {
           // Nothing that can be read.
         }
-        replaced = now == seen.id ? 0 : 1;
+        replaced = now.id == seen.id && now.directory == seen.directory ? 0 : 1;
       }
       try {
         replaced = broadcast_value(comm, replaced, 0);
@@ -232,6 +236,7 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
     ByteWriter out;
     if (comm.rank() != 0) return out.take();
     Located located = locate_checkpoint(medium, place);
+    seen.directory = located.directory;
     Bytes large;
     if (located.record) {
       CommitRecord const& files = *located.record;

@@ -109,13 +109,13 @@ class Workers {
       failure = std::current_exception();
     }
     std::lock_guard const lock{mutex_};
-    if (failure) fail(failure);
+    if (failure) fail(std::move(failure));
     --unfinished_;
     ended_.notify_all();
   }
   // With the lock held.
-  void fail(std::exception_ptr const& failure) {
-    if (!failure_) failure_ = failure;
+  void fail(std::exception_ptr failure) {
+    if (!failure_) failure_ = std::move(failure);   // this thread keeps no hold on what another may destroy
     unfinished_ -= waiting();
     drop();
   }
