@@ -209,7 +209,10 @@ TEST_CASE("save: a plan by which a run has no writer, two writers, or another pl
          else plan.stored[box].offset += 4;
        }},
       {"a header is not written", [](dcp::FilePlan& plan, std::size_t) { plan.files[0].literals.clear(); }},
-      {"a header is written twice", [](dcp::FilePlan& plan, std::size_t) { plan.files[0].literals.push_back(plan.files[0].literals[0]); }},
+      {"a header is written twice", [](dcp::FilePlan& plan, std::size_t) {
+         // Only the rank that writes a header has its text.
+         if (!plan.files[0].literals.empty()) plan.files[0].literals.push_back(plan.files[0].literals[0]);
+       }},
   };
   std::size_t errors = 0;
   for (auto const& one : cases)

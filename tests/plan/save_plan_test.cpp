@@ -354,22 +354,99 @@ TEST_CASE("SavePlan: with more ranks than may open a file, the rest forward to w
   Scene scene;
   scene.ranks = 7;
   scene.options = {.block_bytes = 64, .writers_per_file = 3, .long_run_bytes = 1, .segment_bytes = 128, .forwarded_bytes = 256};
-  for (int f = 0; f < 3; ++f) {
+  for (int f = 0; f < 5; ++f) {
     auto const file = scene.add_file(random, 90);
     scene.add(random, file, DType::f32, layout_on({7}, {70, 11}, {shard_0}));
     scene.add(random, file, DType::f16, layout_on({7}, {13, 70}, {shard_1}));
   }
   scene.hand_out(random);
   check_plans(scene, 640);
-  std::set<std::int64_t> owners, first;
+  std::set<std::int64_t> owners;
   auto const plan = scene.plan_of(0);
-  for (std::uint32_t f = 0; f < 3; ++f) {
-    std::set<std::int64_t> of_file;
-    for (std::uint64_t at = 0; at < scene.files.files[f].size; at += 64) of_file.insert(plan.owner_of(f, at));
-    CHECK(of_file.size() == 3);
-    owners.insert(of_file.begin(), of_file.end());
-  }
+  for (std::uint32_t f = 0; f < 5; ++f)
+    for (std::uint64_t at = 0; at < scene.files.files[f].size; at += 64) owners.insert(plan.owner_of(f, at));
   CHECK(owners.size() == 7);
+}
+
+namespace {
+
+std::vector<PlannedFile> files_of(std::vector<std::uint64_t> const& sizes) {
+  std::vector<PlannedFile> files;
+  for (auto const size : sizes) {
+    files.emplace_back();
+    files.back().size = size;
+  }
+  return files;
+}
+
+}  // namespace
+
+TEST_CASE("law: slots cover the shared files, few ranks open a file, and ranks own equal parts where files are not too large") {
+  auto const seed = first_seed();
+  for (std::uint64_t round = 0; round < 3000; ++round) {
+    INFO("DCP_SEED=", seed + round);
+    Random random{seed + round};
+    std::int64_t const ranks = random.between(1, random.one_in(2) ? 20 : 3000), writers = random.between(1, 20);
+    std::uint64_t const block = random.any_of(std::array<std::uint64_t, 4>{1, 64, 4096, 3000}), least = random.any_of(std::array<std::uint64_t, 3>{1, 100'000, 8 << 20});
+    std::vector<std::uint64_t> sizes;
+    for (auto count = random.between(1, random.one_in(2) ? 5 : 200); count > 0; --count)
+      sizes.push_back(static_cast<std::uint64_t>(random.one_in(8) ? 0 : random.one_in(20) ? std::int64_t{1} << random.between(0, 58) : random.between(1, 100'000'000)));
+    auto files = files_of(sizes);
+    for (auto& file : files)
+      if (random.one_in(10)) file.only_rank = random.between(0, ranks - 1);
+    ForwardingSlots const slots{files, ranks, writers, block, least};
+    std::uint64_t total = 0, largest = 0, most = 0;
+    std::vector<std::uint64_t> owned(static_cast<std::size_t>(ranks), 0);
+    std::size_t s = 0;
+    bool covered = true, aligned = true;
+    for (std::uint32_t f = 0; f < files.size(); ++f) {
+      if (files[f].only_rank >= 0 || files[f].size == 0) continue;
+      total += files[f].size;
+      largest = std::max(largest, files[f].size);
+      std::uint64_t at = 0;
+      std::set<std::int64_t> owners;
+      for (; s < slots.all().size() && slots.all()[s].file == f; ++s) {
+        auto const& slot = slots.all()[s];
+        covered = covered && slot.begin == at && slot.end > at;
+        aligned = aligned && slot.begin % block == 0;
+        owners.insert(slot.owner);
+        owned.at(static_cast<std::size_t>(slot.owner)) += slot.end - slot.begin;
+        at = slot.end;
+      }
+      covered = covered && at == files[f].size;
+      REQUIRE(static_cast<std::int64_t>(owners.size()) <= writers);
+    }
+    REQUIRE(covered);
+    REQUIRE(aligned);
+    REQUIRE(s == slots.all().size());
+    for (auto const bytes : owned) most = std::max(most, bytes);
+    std::uint64_t const part = std::max({ceil_div(total, static_cast<std::uint64_t>(ranks)), least, block});
+    if (writers > 1 && largest <= static_cast<std::uint64_t>(writers - 1) * part) REQUIRE(most <= part + block);
+
+    // And the windows are each byte once, of several owners in a row.
+    std::uint64_t const bytes = block * static_cast<std::uint64_t>(random.between(1, 5000)) + (total / 5000 / block) * block;
+    ForwardingSlots const none;
+    for (auto const* how : {&slots, &none}) {
+      SharedWindows const windows{files, *how, bytes};
+      std::vector<std::pair<std::uint32_t, FileRange>> parts;
+      for (std::uint64_t w = 0; w < windows.size(); ++w)
+        if (auto const window = windows[w]; window.range.begin < window.range.end) parts.push_back({window.file, window.range});
+      std::sort(parts.begin(), parts.end(), [](auto const& a, auto const& b) { return a.first != b.first ? a.first < b.first : a.second.begin < b.second.begin; });
+      std::size_t p = 0;
+      bool once = true;
+      for (std::uint32_t f = 0; f < files.size(); ++f) {
+        if (files[f].only_rank >= 0) continue;
+        std::uint64_t at = 0;
+        for (; p < parts.size() && parts[p].first == f; ++p) {
+          once = once && parts[p].second.begin == at && parts[p].second.size() <= bytes;
+          at = parts[p].second.end;
+        }
+        once = once && at == files[f].size;
+      }
+      REQUIRE(once);
+      REQUIRE(p == parts.size());
+    }
+  }
 }
 
 TEST_CASE("SavePlan: tensors without elements and empty files are no work") {

@@ -20,11 +20,11 @@ namespace dcp::detail {
 
 /// The state as all ranks see it, and where this rank's entries are.
 struct AgreedState {
-  Schema schema;                                             // tied names taken out; ties complete
-  std::vector<TensorSpec> tensors;                           // of the schema, in name order
+  std::vector<TensorSpec> tensors;                           // in name order, tied names taken out
   std::vector<StateEntry const*> local_tensors;              // of each, nullptr if this rank does not list it
-  std::vector<SchemaEntry const*> values;                    // of the schema, in name order
+  std::vector<SchemaEntry> values;                           // in name order
   std::vector<StateEntry const*> local_values;
+  std::vector<Tie> ties;                                     // sorted
 };
 
 template <class = Deferred>
@@ -91,39 +91,40 @@ template <class = Deferred>
   throw Error{ErrorCode::ranks_disagree, "ranks hold different values"};
 }
 
-/// What distinct kinds of rank mean together, and where the entries of this rank are. `parts[i]` comes from rank `first_rank[i]`. Pure, and
-/// but for the pointers equal on all ranks, as are its errors.
+/// What distinct kinds of rank mean together, and where the entries of this rank are. `parts[i]` comes from rank `first_rank[i]`; `ties`
+/// are sorted. Pure, and but for the pointers equal on all ranks, as are its errors.
 template <class = Deferred>
 AgreedState merge_states(std::vector<Schema> parts, std::vector<std::int64_t> const& first_rank, std::vector<Tie> ties, StateDict const& state, std::int64_t ranks) {
-  AgreedState agreed;
-  agreed.schema = merge_schemas(std::move(parts), first_rank, ranks);
-  agreed.schema.ties = std::move(ties);
-  auto& entries = agreed.schema.entries;
+  Schema schema = merge_schemas(std::move(parts), first_rank, ranks);
+  auto const is_tied = [&](std::string const& name) {
+    auto const at = std::lower_bound(ties.begin(), ties.end(), name, [](Tie const& tie, std::string const& dropped) { return tie.dropped < dropped; });
+    return at != ties.end() && at->dropped == name;
+  };
   Problems problems;
-  for (auto const& tie : agreed.schema.ties) {
-    auto const* kept = agreed.schema.find(tie.kept);
+  for (auto const& tie : ties) {
+    auto const* kept = schema.find(tie.kept);
     if (kept == nullptr || !kept->is_tensor) problems.add(ErrorCode::missing_entry, tie.dropped + ": tied to " + tie.kept + ", which is no tensor of the state");
-    else if (std::any_of(agreed.schema.ties.begin(), agreed.schema.ties.end(), [&](Tie const& other) { return other.dropped == tie.kept; }))
-      problems.add(ErrorCode::invalid_argument, tie.dropped + ": tied to " + tie.kept + ", which is itself tied; tie both to the same name");
+    else if (is_tied(tie.kept)) problems.add(ErrorCode::invalid_argument, tie.dropped + ": tied to " + tie.kept + ", which is itself tied; tie both to the same name");
   }
   problems.raise();
-  std::erase_if(entries, [&](SchemaEntry const& entry) {
-    return std::any_of(agreed.schema.ties.begin(), agreed.schema.ties.end(), [&](Tie const& tie) { return tie.dropped == entry.name; });
-  });
-  auto const mine = entries_by_name(state);
-  agreed.tensors.reserve(entries.size());
-  agreed.local_tensors.reserve(entries.size());
-  for (auto const& entry : entries) {
-    auto const at = mine.find(entry.name);
-    StateEntry const* here = at == mine.end() ? nullptr : at->second;
+  AgreedState agreed;
+  agreed.tensors.reserve(schema.entries.size());
+  agreed.local_tensors.reserve(schema.entries.size());
+  auto const mine = sorted_entries(state);
+  auto next = mine.begin();   // names of both are sorted
+  for (auto& entry : schema.entries) {
+    if (is_tied(entry.name)) continue;
+    while (next != mine.end() && state.entries()[*next].name < entry.name) ++next;
+    StateEntry const* here = next != mine.end() && state.entries()[*next].name == entry.name ? &state.entries()[*next] : nullptr;
     if (entry.is_tensor) {
-      agreed.tensors.push_back({entry.name, entry.dtype, entry.layout});
+      agreed.tensors.push_back({std::move(entry.name), entry.dtype, std::move(entry.layout)});
       agreed.local_tensors.push_back(here);
     } else {
-      agreed.values.push_back(&entry);
+      agreed.values.push_back(std::move(entry));
       agreed.local_values.push_back(here);
     }
   }
+  agreed.ties = std::move(ties);
   return agreed;
 }
 

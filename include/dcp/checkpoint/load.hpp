@@ -139,7 +139,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
           agreed.tensors, agreed.values, catalog, comm.size(), rank_policies,
           [&](std::string const& name) {
             std::vector<std::string> names;
-            for (auto const& tie : agreed.schema.ties)
+            for (auto const& tie : agreed.ties)
               if (tie.kept == name) names.push_back(tie.dropped);
             return names;
           },

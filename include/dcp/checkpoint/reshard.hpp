@@ -72,13 +72,13 @@ Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, R
   // The source as a catalog: what is there, without saying where.
   Catalog catalog;
   for (auto const& tensor : source.tensors) catalog.tensors.push_back({tensor.name, tensor.dtype, tensor.layout.shape, {}, {}});
-  catalog.ties = source.schema.ties;
-  for (auto const* value : source.values) {
-    Value known{value->per_rank ? ValueKind::per_rank : value->value_kind, value->dtype, {}, {}};
-    if (value->per_rank) known.ranks.assign(static_cast<std::size_t>(comm.size()), Value{value->value_kind, value->dtype, {}, {}});
-    catalog.values.emplace_back(value->name, std::move(known));
+  catalog.ties = source.ties;
+  for (auto const& value : source.values) {
+    Value known{value.per_rank ? ValueKind::per_rank : value.value_kind, value.dtype, {}, {}};
+    if (value.per_rank) known.ranks.assign(static_cast<std::size_t>(comm.size()), Value{value.value_kind, value.dtype, {}, {}});
+    catalog.values.emplace_back(value.name, std::move(known));
   }
-  auto const values = collect_values(comm, source);
+  auto const values = collect_values(comm, source, agree(comm, "reshard: plan", [&] { return own_values(source, comm.rank()); }));
   Bytes value_bytes;
   if (comm.rank() == 0) {
     ByteWriter out;
@@ -94,7 +94,7 @@ Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, R
         target.tensors, target.values, catalog, comm.size(), std::vector<RankPolicy>(target.values.size(), RankPolicy::fail),
         [&](std::string const& name) {
           std::vector<std::string> names;
-          for (auto const& tie : target.schema.ties)
+          for (auto const& tie : target.ties)
             if (tie.kept == name) names.push_back(tie.dropped);
           return names;
         },

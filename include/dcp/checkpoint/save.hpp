@@ -105,13 +105,28 @@ void compare_replicas(CommRef comm, AgreedState const& state) {
 template <class = Deferred>
 std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& shares, FilePlan const& plan, std::int64_t rank) {
   std::vector<Transfer> transfers;
-  transfers.reserve(plan.stored.size());
+  std::size_t headers = 0;
+  for (auto const& file : plan.files) headers += file.literals.size();
+  transfers.reserve(plan.stored.size() + headers);
+  // Most tensors of a model have one of a few layouts.
+  struct Here {
+    bool known = false;
+    std::optional<MeshGeometry::Coordinate> coordinate;
+    HeldPart held;
+  };
+  std::vector<Here> groups(shares.groups());
   for (auto const& stored : plan.stored) {
     TensorSpec const& tensor = state.tensors[stored.tensor];
-    auto const coordinate = tensor.layout.mesh.coordinate_of(rank);
     StateEntry const* entry = state.local_tensors[stored.tensor];
-    if (!coordinate || entry == nullptr) continue;
-    HeldPart const held = held_at(tensor.layout, *coordinate);
+    if (entry == nullptr) continue;
+    Here& here = groups[shares.group_of(stored.tensor)];
+    if (!here.known) {
+      here.known = true;
+      here.coordinate = tensor.layout.mesh.coordinate_of(rank);
+      if (here.coordinate) here.held = held_at(tensor.layout, *here.coordinate);
+    }
+    if (!here.coordinate) continue;
+    HeldPart const& held = here.held;
     if (stored.box.shape.empty() || held.empty()) continue;
     bool const only_mine = plan.files[stored.file].only_rank >= 0;
     auto const add = [&](Box const& box, MemoryView const& memory) -> Transfer* {
@@ -127,7 +142,7 @@ std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& 
       for_each_held_box(held, tensor.dtype, memory, add);
       continue;
     }
-    CellRange const range = shares.range_of(stored.tensor, *coordinate);
+    CellRange const range = shares.range_of(stored.tensor, *here.coordinate, held);
     if (held.flat) {
       auto const [part, begin] = slice_of(held, tensor.dtype, memory, range.begin, range.end);
       for_each_held_box(part, tensor.dtype, begin, add);
@@ -141,19 +156,22 @@ std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& 
   return transfers;
 }
 
-/// The values to store: those of their lowest rank, and every rank's own where they are per rank. Complete on rank 0. Collective.
+/// The values that this rank stores for all: its own where they are per rank, and those that no lower rank has. They are read here.
 template <class = Deferred>
-std::vector<std::pair<std::string, Value>> collect_values(CommRef comm, AgreedState const& state) {
-  Bytes const mine = agree(comm, "save: values", [&] {
-    ByteWriter out;
-    for (std::size_t v = 0; v < state.values.size(); ++v) {
-      SchemaEntry const& entry = *state.values[v];
-      if (state.local_values[v] == nullptr || (!entry.per_rank && entry.first_rank != comm.rank())) continue;
-      Value const value = value_now(*state.local_values[v]);
-      out.number<std::uint64_t>(v).number(comm.rank()).number(value.kind).number(value.dtype).block(value.payload);
-    }
-    return out.take();
-  });
+Bytes own_values(AgreedState const& state, int rank) {
+  ByteWriter out;
+  for (std::size_t v = 0; v < state.values.size(); ++v) {
+    SchemaEntry const& entry = state.values[v];
+    if (state.local_values[v] == nullptr || (!entry.per_rank && entry.first_rank != rank)) continue;
+    Value const value = value_now(*state.local_values[v]);
+    out.number<std::uint64_t>(v).number(rank).number(value.kind).number(value.dtype).block(value.payload);
+  }
+  return out.take();
+}
+/// own_values of all ranks. Complete on rank 0. Collective.
+template <class = Deferred>
+std::vector<std::pair<std::string, Value>> collect_values(CommRef comm, AgreedState const& state, Bytes const& mine) {
+  if (state.values.empty()) return {};   // on all ranks
   Bytes const all = reduce_to_root(
       comm, mine,
       [](Bytes a, Bytes b) {
@@ -163,7 +181,7 @@ std::vector<std::pair<std::string, Value>> collect_values(CommRef comm, AgreedSt
       "save: values");
   std::vector<std::pair<std::string, Value>> values;
   if (comm.rank() != 0) return values;
-  for (auto const* entry : state.values) values.emplace_back(entry->name, Value{entry->per_rank ? ValueKind::per_rank : entry->value_kind, entry->dtype, {}, {}});
+  for (auto const& entry : state.values) values.emplace_back(entry.name, Value{entry.per_rank ? ValueKind::per_rank : entry.value_kind, entry.dtype, {}, {}});
   for (ByteReader in{all}; !in.done() && in.ok();) {
     auto const v = in.number<std::uint64_t>();
     auto const rank = static_cast<std::size_t>(in.number<int>());
@@ -181,6 +199,38 @@ std::vector<std::pair<std::string, Value>> collect_values(CommRef comm, AgreedSt
   }
   return values;
 }
+
+/// The commit record, but for values and files.
+template <class = Deferred>
+CommitRecord record_of(AnyStorage const& storage, AgreedState const& state) {
+  CommitRecord record;
+  record.storage = storage.name();
+  record.file_layout = storage.file_layout();
+  record.groups = storage.groups();
+  record.tensors.reserve(state.tensors.size());
+  for (auto const& tensor : state.tensors) record.tensors.push_back({tensor.name, tensor.dtype, tensor.layout.shape});
+  for (auto const& tie : state.ties) record.ties.emplace_back(tie.dropped, tie.kept);
+  return record;
+}
+
+/// Which bytes of which files a state becomes, and which rank writes them. Every rank computes it for itself: no communication, no I/O,
+/// and what ranks must know alike depends on nothing but what they agreed on.
+struct PlannedState {
+  Shares shares;
+  FilePlan files;
+
+  template <class = Deferred>
+  static PlannedState of(AgreedState const& state, AnyStorage const& storage, std::int64_t rank, std::int64_t ranks) {
+    Shares shares{state.tensors, ranks};
+    FilePlan files = storage.plan_files({state.tensors, shares, state.ties, rank, ranks});
+    return {std::move(shares), std::move(files)};
+  }
+  /// The writes of `rank`. Keeps references to `state` and to this.
+  template <class = Deferred>
+  SavePlan writes(AgreedState const& state, std::int64_t rank, std::int64_t ranks, SavePlan::Options const& options) const {
+    return {state.tensors, shares, files, transfers_to_save(state, shares, files, rank), rank, ranks, options};
+  }
+};
 
 /// Rank 0's part of the end: every byte accounted for, then index files, checksums, record.
 template <class = Deferred>
@@ -243,16 +293,12 @@ Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
   if (settings.check == Check::contents) compare_replicas(comm, agreed);
 
   watch.enter("plan");
-  struct Plan {
-    Shares shares;
-    FilePlan files;
-  };
-  Plan const plan = agree(comm, "save: plan", [&] {
-    Shares shares{agreed.tensors, comm.size()};
-    FilePlan files = storage.plan_files({agreed.tensors, shares, agreed.schema.ties, comm.rank(), comm.size()});
-    return Plan{std::move(shares), std::move(files)};
+  Bytes own;
+  PlannedState const plan = agree(comm, "save: plan", [&] {
+    own = own_values(agreed, comm.rank());
+    return PlannedState::of(agreed, storage, comm.rank(), comm.size());
   });
-  auto values = collect_values(comm, agreed);
+  auto values = collect_values(comm, agreed, own);
 
   watch.enter("attempt");
   std::unique_ptr<Attempt<>> attempt;
@@ -268,14 +314,7 @@ Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
       extra = storage.extra_files();
       std::vector<std::string> carried;
       for (auto const& [name, bytes] : extra) carried.push_back(name);
-      CommitRecord record;
-      record.storage = storage.name();
-      record.file_layout = storage.file_layout();
-      record.groups = storage.groups();
-      record.tensors.reserve(agreed.tensors.size());
-      for (auto const& tensor : agreed.tensors) record.tensors.push_back({tensor.name, tensor.dtype, tensor.layout.shape});
-      for (auto const& tie : agreed.schema.ties) record.ties.emplace_back(tie.dropped, tie.kept);
-      attempt = std::make_unique<Attempt<>>(medium, place.path, settings.if_exists == IfExists::replace, carried, std::move(record));
+      attempt = std::make_unique<Attempt<>>(medium, place.path, settings.if_exists == IfExists::replace, carried, record_of(storage, agreed));
       result.block_bytes = medium.block_bytes(attempt->path());
       std::copy_n(attempt->id().begin(), 16, result.id.begin());
       return result;
@@ -292,13 +331,10 @@ Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
     report.id = id;
     std::string const directory = report.place + std::string{attempt_infix} + id;
     require_shared(comm, medium, directory, id, settings.visible_within);
-    agree(comm, "save: attempt", [&] {
+    SavePlan const writes = agree(comm, "save: plan", [&] {
       for (auto const& file : plan.files.files)
         if (auto const below = split_path('/' + file.path).first; below != "/" && (file.only_rank >= 0 || comm.rank() == 0)) medium.create_directories(directory + below);
-    });
-
-    SavePlan const writes = agree(comm, "save: plan", [&] {
-      return SavePlan{agreed.tensors, plan.shares, plan.files, transfers_to_save(agreed, plan.shares, plan.files, comm.rank()), comm.rank(), comm.size(), {opened.block_bytes, settings.writers_per_file}};
+      return plan.writes(agreed, comm.rank(), comm.size(), {opened.block_bytes, settings.writers_per_file});
     });
     Writer<> writer{comm, medium, directory, writes, settings, watch};
     auto const sums = writer.run();

@@ -48,7 +48,7 @@ template <class = Deferred>
 class Writer {
  public:
   Writer(CommRef comm, AnyMedium& medium, std::string directory, SavePlan const& plan, SaveSettings const& settings, Stopwatch& watch)
-      : comm_{comm}, medium_{medium}, directory_{std::move(directory)}, plan_{plan}, settings_{settings}, budget_{Budget::of(settings.memory_bytes, settings.threads)}, watch_{watch}, workers_{budget_.threads} {
+      : comm_{comm}, medium_{medium}, directory_{std::move(directory)}, plan_{plan}, settings_{settings}, budget_{Budget::of(settings.memory_bytes, settings.threads)}, watch_{watch}, windows_{plan.files(), plan.slots(), budget_.round_bytes}, workers_{budget_.threads} {
     files_.resize(plan_.files().size());
     buffers_.resize(workers_.threads());
   }
@@ -84,12 +84,6 @@ class Writer {
     AlignedBuffer bytes;
     std::vector<FileRange> filled;
   };
-  // One window of one file; windows of shared files are numbered in the same way on all ranks.
-  struct WindowAt {
-    std::uint32_t file;
-    FileRange range;
-  };
-
   // On the caller's thread, while others work.
   void alive() {
     comm_.progress();
@@ -138,32 +132,17 @@ class Writer {
     }
   }
 
-  // Windows of the files that ranks share, `round_bytes` of file each, counted through. Files of one rank need no exchange.
-  void number_windows() {
-    for (std::uint32_t f = 0; f < plan_.files().size(); ++f) {
-      window_base_.push_back(windows_);
-      if (plan_.files()[f].only_rank < 0) windows_ += ceil_div(plan_.files()[f].size, budget_.round_bytes);
-    }
-  }
-  WindowAt window_at(std::uint64_t number) const {
-    auto const at = std::upper_bound(window_base_.begin(), window_base_.end(), number) - window_base_.begin() - 1;
-    auto const f = static_cast<std::uint32_t>(at);
-    std::uint64_t const begin = (number - window_base_[f]) * budget_.round_bytes;
-    return {f, {begin, std::min(begin + budget_.round_bytes, plan_.files()[f].size)}};
-  }
-
   // Rounds. In each, every rank looks ahead as far as the budget carries it; the shortest look decides how far all go.
   void exchange() {
     watch_.enter("exchange");
-    number_windows();
-    std::uint64_t const end = comm_.size() == 1 ? 0 : windows_;
+    std::uint64_t const end = comm_.size() == 1 ? 0 : windows_.size();
     for (std::uint64_t next = 0; next < end;) {
       std::vector<SavePlan::Window> planned;
       std::uint64_t sent = 0, owned = 0, reach = next;
       std::exception_ptr failure;
       try {
         for (; reach < end; ++reach) {
-          WindowAt const at = window_at(reach);
+          auto const at = windows_[reach];
           SavePlan::Window window = plan_.window(at.file, at.range.begin, at.range.end);
           std::uint64_t more_sent = 0, more_owned = 0;
           for (auto const& part : window.outgoing) more_sent += part.range.size();
@@ -182,7 +161,7 @@ class Writer {
       planned.resize(static_cast<std::size_t>(horizon - next));
       round(next, planned, failure);
       for (std::size_t w = 0; w < planned.size(); ++w)
-        for (auto const& range : planned[w].direct) write_direct(window_at(next + w).file, range);
+        for (auto const& range : planned[w].direct) write_direct(windows_[next + w].file, range);
       next = horizon;
     }
     for (std::uint32_t f = 0; f < plan_.files().size(); ++f)
@@ -200,7 +179,7 @@ class Writer {
         for (auto const& part : window.outgoing) sizes[part.owner] += part.range.size() + 24;
       for (auto const& [owner, size] : sizes) messages[owner].reserve(size);
       for (std::size_t w = 0; w < windows.size(); ++w) {
-        std::uint32_t const f = window_at(first + w).file;
+        std::uint32_t const f = windows_[first + w].file;
         for (auto const& part : windows[w].outgoing) {
           auto const run = messages[part.owner].number(f).number(part.range.begin).block_to_fill(part.range.size());
           plan_.gather_transfer(part.transfer, part.range, run.data());
@@ -303,8 +282,7 @@ class Writer {
   std::vector<std::unique_ptr<WritableFile>> files_;
   std::mutex open_mutex_;
   WrittenSums<> sums_;
-  std::vector<std::uint64_t> window_base_;
-  std::uint64_t windows_ = 0;
+  SharedWindows windows_;
   std::uint64_t total_ = 0, writes_ = 0;             // handed to the workers
   std::atomic<std::uint64_t> done_{0};
   std::atomic<std::int64_t> segments_in_flight_{0};

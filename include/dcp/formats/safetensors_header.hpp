@@ -177,9 +177,8 @@ template <class = Deferred>
 void assign_offsets(std::vector<TensorInfo>& tensors) {
   std::vector<std::size_t> order(tensors.size());
   for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
-  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
-    return tensors[a].dtype != tensors[b].dtype ? tensors[a].dtype > tensors[b].dtype : tensors[a].name < tensors[b].name;
-  });
+  auto const before = [&](std::size_t a, std::size_t b) { return tensors[a].dtype != tensors[b].dtype ? tensors[a].dtype > tensors[b].dtype : tensors[a].name < tensors[b].name; };
+  if (!std::is_sorted(order.begin(), order.end(), before)) std::stable_sort(order.begin(), order.end(), before);
   std::uint64_t cursor = 0;
   std::vector<std::uint64_t> ends;   // all sizes are known to be good before the first tensor moves
   for (auto const index : order) {
@@ -197,6 +196,84 @@ void assign_offsets(std::vector<TensorInfo>& tensors) {
   tensors = std::move(sorted);
 }
 
+namespace detail {
+
+template <class = Deferred>
+void check_header_length(std::uint64_t bytes) {
+  if (bytes > max_header_bytes) throw Error{ErrorCode::limit, "the header would be longer than 100000000 bytes; put the tensors into several files"};
+}
+
+/// Appends the JSON of a header to `out`, a std::string or a TextLength.
+template <class Out>
+void append_header(Out& out, std::vector<TensorInfo> const& tensors, Metadata metadata) {
+  auto const quoted = [&](std::string_view text) {
+    if (first_invalid_utf8(text) != std::string_view::npos) throw Error{ErrorCode::bad_utf8, "a safetensors header holds UTF-8 only; this is not: " + shown(text)};
+    append_json_quoted(out, text);
+  };
+  std::size_t const begin = out.size();
+  bool first = true;
+  auto const separate = [&] {
+    if (!first) out.append(",");
+    first = false;
+  };
+  out.append("{");
+  if (!metadata.empty()) {
+    out.append("\"__metadata__\":{");
+    for (auto const& [key, value] : settled_metadata(std::move(metadata), false)) {
+      separate();
+      quoted(key);
+      out.append(":");
+      quoted(value);
+    }
+    out.append("}");
+    first = false;
+  }
+  std::uint64_t cursor = 0;
+  bool sorted = true;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    TensorInfo const& tensor = tensors[i];
+    if (tensor.name == metadata_key) throw Error{ErrorCode::bad_schema, "no tensor of a safetensors file can be called __metadata__; rename it"};
+    check_span(tensor.name, tensor.dtype, {tensor.shape.begin(), tensor.shape.end()}, false, tensor.begin, tensor.end, cursor);
+    cursor = tensor.end;
+    sorted = sorted && (i == 0 || tensors[i - 1].name < tensor.name);
+    separate();
+    quoted(tensor.name);
+    out.append(":{\"dtype\":\"");
+    out.append(to_string(tensor.dtype));
+    out.append("\",\"shape\":[");
+    for (int d = 0; d < tensor.shape.rank(); ++d) {
+      if (d > 0) out.append(",");
+      append_number(out, static_cast<std::uint64_t>(tensor.shape[d]));
+    }
+    out.append("],\"data_offsets\":[");
+    append_number(out, tensor.begin);
+    out.append(",");
+    append_number(out, tensor.end);
+    out.append("]}");
+    check_header_length(out.size() - begin);
+  }
+  out.append("}");
+  check_header_length(out.size() - begin);
+  if (sorted) return;
+  std::vector<std::string_view> names;
+  names.reserve(tensors.size());
+  for (auto const& tensor : tensors) names.push_back(tensor.name);
+  dcp::detail::sort(names);
+  if (auto const twice = std::adjacent_find(names.begin(), names.end()); twice != names.end())
+    throw Error{ErrorCode::duplicate_key, tensor_called(*twice) + " would be in one file twice"};
+}
+
+// 8 bytes of length, the text, and spaces up to the alignment.
+template <class = Deferred>
+std::uint64_t padded_header_bytes(std::uint64_t text, std::uint64_t data_alignment) {
+  if (data_alignment < 8 || !std::has_single_bit(data_alignment)) throw Error{ErrorCode::invalid_argument, "data_alignment must be a power of two from 8"};
+  std::uint64_t const bytes = round_up(8 + text, data_alignment);
+  check_header_length(bytes - 8);
+  return bytes;
+}
+
+}  // namespace detail
+
 /// The first bytes of a file: length, JSON, and spaces up to the data section, which starts at a multiple of `data_alignment`.
 ///
 /// tensors   in the order of their bytes, without gaps from 0, as assign_offsets leaves them
@@ -206,56 +283,22 @@ void assign_offsets(std::vector<TensorInfo>& tensors) {
 ///           power of two from 8
 template <class = Deferred>
 Bytes write_header(std::vector<TensorInfo> const& tensors, Metadata metadata = {}, std::uint64_t data_alignment = 8) {
-  if (data_alignment < 8 || !std::has_single_bit(data_alignment)) throw Error{ErrorCode::invalid_argument, "data_alignment must be a power of two from 8"};
-  auto const quoted = [](std::string_view text) {
-    if (first_invalid_utf8(text) != std::string_view::npos)
-      throw Error{ErrorCode::bad_utf8, "a safetensors header holds UTF-8 only; this is not: " + detail::shown(text)};
-    return json_quoted(text);
-  };
-  auto const check_length = [](std::uint64_t bytes) {
-    if (bytes > max_header_bytes) throw Error{ErrorCode::limit, "the header would be longer than 100000000 bytes; put the tensors into several files"};
-  };
-
   std::string text(8, '\0');
-  text += '{';
-  auto const separate = [&] {
-    if (text.back() != '{') text += ',';
-  };
-  if (!metadata.empty()) {
-    text += "\"__metadata__\":{";
-    for (auto const& [key, value] : detail::settled_metadata(std::move(metadata), false)) {
-      separate();
-      text += quoted(key) + ':' + quoted(value);
-    }
-    text += '}';
-  }
-  std::vector<std::string_view> names;
-  names.reserve(tensors.size());
-  std::uint64_t cursor = 0;
-  for (auto const& tensor : tensors) {
-    if (tensor.name == metadata_key) throw Error{ErrorCode::bad_schema, "no tensor of a safetensors file can be called __metadata__; rename it"};
-    detail::check_span(tensor.name, tensor.dtype, {tensor.shape.begin(), tensor.shape.end()}, false, tensor.begin, tensor.end, cursor);
-    cursor = tensor.end;
-    names.push_back(tensor.name);
-    separate();
-    text += quoted(tensor.name);
-    (text += ":{\"dtype\":\"").append(to_string(tensor.dtype)) += "\",\"shape\":[";
-    for (int d = 0; d < tensor.shape.rank(); ++d) (text += d > 0 ? "," : "") += std::to_string(tensor.shape[d]);
-    text += "],\"data_offsets\":[" + std::to_string(tensor.begin) + ',' + std::to_string(tensor.end) + "]}";
-    check_length(text.size() - 8);
-  }
-  text += '}';
-  detail::sort(names);
-  if (auto const twice = std::adjacent_find(names.begin(), names.end()); twice != names.end())
-    throw Error{ErrorCode::duplicate_key, detail::tensor_called(*twice) + " would be in one file twice"};
-  check_length(text.size() - 8);
-  text.resize(static_cast<std::size_t>(round_up(text.size(), data_alignment)), ' ');
-  check_length(text.size() - 8);
+  detail::append_header(text, tensors, std::move(metadata));
+  text.resize(static_cast<std::size_t>(detail::padded_header_bytes(text.size() - 8, data_alignment)), ' ');
   ConstByteSpan const bytes = as_byte_span(text);
   Bytes out(bytes.begin(), bytes.end());
   std::uint64_t const n = text.size() - 8;
   std::memcpy(out.data(), &n, sizeof n);
   return out;
+}
+
+/// The size of what write_header would return, without the text. Throws the same.
+template <class = Deferred>
+std::uint64_t header_size(std::vector<TensorInfo> const& tensors, Metadata metadata = {}, std::uint64_t data_alignment = 8) {
+  TextLength length;
+  detail::append_header(length, tensors, std::move(metadata));
+  return detail::padded_header_bytes(length.size(), data_alignment);
 }
 
 /// Where the local tensors of a file lie in the global ones: the text that PyTorch writes as metadata DCP_SHARDING_INFO.

@@ -197,6 +197,8 @@ void settle_duplicates(HeaderReader& reader, bool allow) {
     std::uint32_t index;
   };
   auto& tensors = reader.tensors;
+  // Writers sort, the names of one dtype at least.
+  if (std::adjacent_find(tensors.begin(), tensors.end(), [&](RawTensor const& a, RawTensor const& b) { return reader.name(a) >= reader.name(b); }) == tensors.end()) return;
   std::vector<Key> keys(tensors.size());
   for (std::size_t i = 0; i < keys.size(); ++i) keys[i] = {std::hash<std::string_view>{}(reader.name(tensors[i])), static_cast<std::uint32_t>(i)};
   auto const name = [&](Key const& key) { return reader.name(tensors[key.index]); };

@@ -185,6 +185,15 @@ class JsonText {
 
   bool number(JsonScalar& value) {
     char const* const first = at_;
+    // Nearly all numbers of a header are natural and short. 19 digits fit into 64 bits.
+    std::uint64_t natural = 0;
+    while (at_ - first < 19 && is_digit(peek())) natural = natural * 10 + static_cast<std::uint64_t>(*at_++ - '0');
+    if (at_ != first && (*first != '0' || at_ - first == 1))
+      if (char const after = peek(); !is_digit(after) && after != '.' && after != 'e' && after != 'E') {
+        value = {JsonKind::natural, natural, nullptr, {first, static_cast<std::size_t>(at_ - first)}};
+        return true;
+      }
+    at_ = first;
     if (peek() == '-') ++at_;
     char const* const whole = at_;
     if (peek() == '0') ++at_;   // nothing follows a leading zero

@@ -96,7 +96,7 @@ bool exact_number(Value const& value, DType to, Value& out) {
 ///
 /// Throws    one Error that lists every missing, unexpected and mismatched entry that no policy allows; the code is that of the first
 template <class TiedNames, class PolicyOf>
-Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEntry const*> const& values, Catalog const& catalog, std::int64_t ranks, std::vector<RankPolicy> const& rank_policies,
+Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEntry> const& values, Catalog const& catalog, std::int64_t ranks, std::vector<RankPolicy> const& rank_policies,
                    TiedNames names_tied_to, PolicyOf policy_of) {
   Comparison result;
   Problems problems;
@@ -145,7 +145,7 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
     }
   }
   for (std::size_t v = 0; v < values.size(); ++v) {
-    SchemaEntry const& value = *values[v];
+    SchemaEntry const& value = values[v];
     EntryPolicy const policy = policy_of(value.name);
     WantedValue& wanted = result.values.emplace_back();
     Value const* stored = catalog.find_value(value.name);
@@ -188,8 +188,8 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
     else problems.add(ErrorCode::unexpected_entry, tensor.name + ": in the checkpoint, but not in the state"), problems.hint("LoadOptions::on_unexpected = ignore leaves such entries out");
   }
   struct ByName {
-    bool operator()(SchemaEntry const* entry, std::string_view other) const { return entry->name < other; }
-    bool operator()(std::string_view other, SchemaEntry const* entry) const { return other < entry->name; }
+    bool operator()(SchemaEntry const& entry, std::string_view other) const { return entry.name.compare(other) < 0; }
+    bool operator()(std::string_view other, SchemaEntry const& entry) const { return other.compare(entry.name) < 0; }
   };
   for (auto const& [name, value] : catalog.values) {
     if (std::binary_search(values.begin(), values.end(), name, ByName{})) continue;

@@ -11,7 +11,8 @@
 //     run is shared, and only its fragments travel;
 //   - where it lies in short runs (split along an inner dimension, small tensors), fixed segments go around the ranks, and every
 //     rank sends its runs to the segment's owner: many short writes become a few long ones;
-//   - in jobs of more ranks than may open one file, segments go around that many ranks.
+//   - in jobs of more ranks than may open one file, the files end to end are cut into as many equal slots as there are ranks, or
+//     fewer, so that no file has more slots than ranks may open it; a rank writes one slot, and everything in it is sent to it.
 
 #include <dcp/base/config.hpp>
 #include <dcp/plan/shares.hpp>
@@ -20,6 +21,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace dcp {
@@ -42,19 +44,105 @@ struct StoredBox {
   std::uint64_t offset;
   Box box;
 };
-/// What a format makes of a list of tensors: pure, and equal on all ranks for files that ranks share. A file of one rank is listed
-/// on that rank only.
+/// What a format makes of a list of tensors: pure, and equal on all ranks for files that ranks share, but for texts, which only the
+/// rank needs that writes them. A file of one rank is listed on that rank only.
 struct FilePlan {
   std::vector<PlannedFile> files;
   std::vector<StoredBox> stored;                               // sorted by (file, offset)
-  std::vector<std::pair<std::string, Bytes>> commit_files;     // small files that are written at the commit, by one rank
+  std::vector<std::pair<std::string, Bytes>> commit_files;     // small files that rank 0 writes at the commit
+
+  template <class = Deferred>
+  std::uint64_t memory_bytes() const {
+    std::uint64_t bytes = files.capacity() * sizeof(PlannedFile) + stored.capacity() * sizeof(StoredBox);
+    for (auto const& file : files)
+      for (auto const& literal : file.literals) bytes += sizeof(Literal) + literal.bytes.capacity();
+    for (auto const& [path, text] : commit_files) bytes += text.capacity();
+    return bytes;
+  }
+};
+
+/// The rank that writes the literals of a file which ranks share, by the file's number; others need not have them.
+constexpr std::int64_t header_writer(std::uint32_t file, std::int64_t ranks) { return static_cast<std::int64_t>(file) % ranks; }
+
+/// For jobs of more ranks than may open one file: who owns which part of the files that ranks share.
+///
+/// Law       the slots of a file are disjoint, cover it, begin and end on blocks (or the file's end), and at most `writers_per_file`
+///           ranks own some
+/// Balance   where no file is larger than `writers_per_file - 1` equal parts of all, every rank owns one such part, or a block less
+/// Cost      O(files + ranks)
+class ForwardingSlots {
+ public:
+  struct Slot {
+    std::uint32_t file;
+    std::uint64_t begin, end;
+    std::int64_t owner;
+  };
+
+  ForwardingSlots() = default;
+  /// `least_bytes`: a rank owns no less, unless there is no more.
+  template <class = Deferred>
+  ForwardingSlots(std::vector<PlannedFile> const& files, std::int64_t ranks, std::int64_t writers_per_file, std::uint64_t block_bytes, std::uint64_t least_bytes) {
+    std::uint64_t total = 0;
+    for (auto const& file : files)
+      if (file.only_rank < 0) total += file.size;
+    if (total == 0) return;
+    std::uint64_t const part = std::max({ceil_div(total, static_cast<std::uint64_t>(ranks)), least_bytes, block_bytes});
+    // Files lie on a line that is cut every `part` bytes; one that would be cut too often is first shrunk to what may be cut.
+    auto const most_cuts = static_cast<std::uint64_t>(std::max<std::int64_t>(1, writers_per_file)) - 1;
+    std::uint64_t line = 0;
+    for (std::uint32_t f = 0; f < files.size(); ++f) {
+      std::uint64_t const size = files[f].size;
+      if (files[f].only_rank >= 0 || size == 0) continue;
+      if (most_cuts == 0) line = round_up(line, part);
+      std::uint64_t const length = most_cuts == 0 ? part : std::min(size, most_cuts * part);
+      for (std::uint64_t at = 0, cut = line / part; at < size; ++cut) {
+        // Where the next cut of the line falls in the file.
+        std::uint64_t const next = (cut + 1) * part - line;
+        std::uint64_t const end = next >= length ? size : std::min(size, round_down(scaled(next, size, length), block_bytes));
+        if (end > at) slots_.push_back({f, at, end, static_cast<std::int64_t>(cut)});
+        at = std::max(at, end);
+      }
+      line += length;
+    }
+    // Far apart, so that they are on different nodes.
+    std::int64_t const cuts = slots_.back().owner + 1;
+    for (auto& slot : slots_) slot.owner = static_cast<std::int64_t>(scaled(static_cast<std::uint64_t>(slot.owner), static_cast<std::uint64_t>(ranks), static_cast<std::uint64_t>(cuts)));
+    for (std::size_t s = 0; s < slots_.size(); ++s)
+      if (s == 0 || slots_[s].owner != slots_[s - 1].owner) first_of_.push_back(s);
+    owners_ = static_cast<std::int64_t>(first_of_.size());
+    first_of_.push_back(slots_.size());
+  }
+
+  bool empty() const { return slots_.empty(); }
+  /// In the order of files and positions.
+  std::vector<Slot> const& all() const { return slots_; }
+  /// How many ranks own slots, and the numbers [first, last) of the slots of one of them, counted in the order of their slots.
+  std::int64_t owners() const { return owners_; }
+  std::pair<std::size_t, std::size_t> of_owner(std::int64_t number) const { return {first_of_[static_cast<std::size_t>(number)], first_of_[static_cast<std::size_t>(number) + 1]}; }
+  /// The first slot that ends behind `position` of a file.
+  template <class = Deferred>
+  std::size_t at(std::uint32_t file, std::uint64_t position) const {
+    auto const found = std::partition_point(slots_.begin(), slots_.end(), [&](Slot const& slot) { return slot.file != file ? slot.file < file : slot.end <= position; });
+    return static_cast<std::size_t>(found - slots_.begin());
+  }
+
+ private:
+  // a * b / c, for a < c, in more bits than a product of file sizes has.
+  static std::uint64_t scaled(std::uint64_t a, std::uint64_t b, std::uint64_t c) {
+    __extension__ using Wide = unsigned __int128;
+    return static_cast<std::uint64_t>(static_cast<Wide>(a) * b / c);
+  }
+
+  std::vector<Slot> slots_;
+  std::vector<std::size_t> first_of_;
+  std::int64_t owners_ = 0;
 };
 
 class SavePlan {
  public:
   static constexpr std::uint64_t long_run_bytes = 64 << 10;       // a run that is worth a write of its own
   static constexpr std::uint64_t segment_bytes = 1 << 20;         // of short runs
-  static constexpr std::uint64_t forwarded_bytes = 8 << 20;       // segments where most ranks forward their data
+  static constexpr std::uint64_t forwarded_bytes = 8 << 20;       // that a rank owns at least where others forward their data to it
 
   struct Options {
     std::uint64_t block_bytes = 4096;
@@ -96,6 +184,8 @@ class SavePlan {
       }
     }
     index_ = TransferIndex{std::move(transfers)};
+    if (ranks > options.writers_per_file) slots_ = {files.files, ranks, options.writers_per_file, options.block_bytes, options.forwarded_bytes};
+    if (!slots_.empty()) return;
     in_long_runs_.resize(files.stored.size());
     for (std::size_t s = 0; s < files.stored.size(); ++s) in_long_runs_[s] = lies_in_long_runs(files.stored[s]);
   }
@@ -103,11 +193,15 @@ class SavePlan {
   std::vector<Transfer> const& transfers() const { return index_.transfers(); }
   std::vector<PlannedFile> const& files() const { return files_.files; }
   std::uint64_t block_bytes() const { return options_.block_bytes; }
+  ForwardingSlots const& slots() const { return slots_; }
+  template <class = Deferred>
+  std::uint64_t memory_bytes() const { return index_.memory_bytes() + slots_.all().capacity() * sizeof(ForwardingSlots::Slot) + in_long_runs_.capacity() / 8; }
 
   /// The rank that writes the block with `position` of file `file`.
   template <class = Deferred>
   std::int64_t owner_of(std::uint32_t file, std::uint64_t position) const {
     if (files_.files[file].only_rank >= 0) return files_.files[file].only_rank;
+    if (!slots_.empty() && files_.files[file].size > 0) return slots_.all()[slots_.at(file, position)].owner;
     position = round_down(position, options_.block_bytes);
     auto const s = stored_at(file, position);
     if (s == no_box) return header_writer(file);
@@ -140,8 +234,12 @@ class SavePlan {
         at = owner_end;
       }
     });
-    // Segments of short runs are owned whether this rank has bytes in them or not, and so is the block with the end of the header.
-    if (files_.files[file].only_rank < 0) {
+    // Slots, and segments of short runs, are owned whether this rank has bytes in them or not.
+    if (!slots_.empty() && files_.files[file].only_rank < 0) {
+      owned.clear();
+      for (std::size_t s = slots_.at(file, begin); s < slots_.all().size() && slots_.all()[s].file == file && slots_.all()[s].begin < end; ++s)
+        if (auto const& slot = slots_.all()[s]; slot.owner == rank_) owned.push_back({std::max(begin, slot.begin), std::min(end, slot.end)});
+    } else if (files_.files[file].only_rank < 0) {
       for (std::size_t s = first_stored(file, begin); s < files_.stored.size() && files_.stored[s].file == file && files_.stored[s].offset < end; ++s)
         if (!in_long_runs_[s]) own_segments(file, stored_range(s), begin, end, owned);
     }
@@ -230,7 +328,6 @@ class SavePlan {
 
   template <class = Deferred>
   bool lies_in_long_runs(StoredBox const& stored) const {
-    if (ranks_ > options_.writers_per_file) return false;
     if (ranks_ == 1) return true;
     TensorSpec const& tensor = tensors_[stored.tensor];
     Box const cell = box_at(tensor.layout, MeshGeometry::Coordinate{});
@@ -242,22 +339,20 @@ class SavePlan {
     return bytes_of(tensor.dtype, run) >= options_.long_run_bytes;
   }
 
-  std::int64_t writers(std::uint32_t) const { return std::min(ranks_, std::max<std::int64_t>(1, options_.writers_per_file)); }
   std::int64_t header_writer(std::uint32_t file) const {
     PlannedFile const& planned = files_.files[file];
-    return planned.only_rank >= 0 ? planned.only_rank : static_cast<std::int64_t>(file) % ranks_;
+    return planned.only_rank >= 0 ? planned.only_rank : dcp::header_writer(file, ranks_);
   }
   // Whole blocks: a stripe need not divide 1 MiB.
-  std::uint64_t segment_size() const { return round_up(ranks_ > options_.writers_per_file ? options_.forwarded_bytes : options_.segment_bytes, options_.block_bytes); }
-  template <class = Deferred>
+  std::uint64_t segment_size() const { return round_up(options_.segment_bytes, options_.block_bytes); }
   std::int64_t segment_owner(std::uint32_t file, std::uint64_t position) const {
-    std::int64_t const count = writers(file), segment = static_cast<std::int64_t>(position / segment_size()) % count;
-    return (segment * ranks_ / count + static_cast<std::int64_t>(file)) % ranks_;
+    return (static_cast<std::int64_t>(position / segment_size()) + static_cast<std::int64_t>(file)) % ranks_;
   }
   // How far from `at` the owner cannot change, within a run of this rank.
   template <class = Deferred>
   std::uint64_t end_of_same_owner(std::uint32_t file, std::uint64_t at, FileRange run) const {
     if (files_.files[file].only_rank >= 0) return run.end;
+    if (!slots_.empty()) return slots_.all()[slots_.at(file, at)].end;
     std::uint64_t const block = options_.block_bytes, block_begin = round_down(at, block);
     if (block_begin < run.begin || block_begin != at) return block_begin + block;   // the block starts with somebody else's byte, perhaps
     auto const s = stored_at(file, at);
@@ -282,9 +377,71 @@ class SavePlan {
   Shares const& shares_;
   FilePlan const& files_;
   TransferIndex index_;
-  std::vector<bool> in_long_runs_;
+  ForwardingSlots slots_;              // none in jobs of few ranks
+  std::vector<bool> in_long_runs_;     // of each stored box, there
   std::int64_t rank_, ranks_;
   Options options_;
+};
+
+/// The files that ranks share, in windows of at most `bytes` bytes, in the order in which all ranks go through them: file by file where
+/// every rank owns a part of every window; where ranks own slots, a window of each owner, then the next of each, so that all write at once.
+///
+/// Law       every byte of the shared files is in exactly one window
+class SharedWindows {
+ public:
+  struct Window {
+    std::uint32_t file;
+    FileRange range;   // may be empty
+  };
+
+  template <class = Deferred>
+  SharedWindows(std::vector<PlannedFile> const& files, ForwardingSlots const& slots, std::uint64_t bytes) : files_{files}, slots_{slots}, bytes_{bytes} {
+    if (slots.empty()) {
+      for (auto const& file : files) {
+        before_.push_back(count_);
+        if (file.only_rank < 0) count_ += ceil_div(file.size, bytes);
+      }
+      return;
+    }
+    std::uint64_t windows = 0, most = 0;
+    for (auto const& slot : slots.all()) {
+      before_.push_back(windows);
+      windows += ceil_div(slot.end - slot.begin, bytes);
+    }
+    before_.push_back(windows);
+    for (std::int64_t owner = 0; owner < slots.owners(); ++owner) {
+      auto const [first, last] = slots.of_owner(owner);
+      most = std::max(most, before_[last] - before_[first]);
+    }
+    count_ = most * static_cast<std::uint64_t>(slots.owners());
+  }
+
+  std::uint64_t size() const { return count_; }
+  template <class = Deferred>
+  Window operator[](std::uint64_t number) const {
+    auto const in = [&](std::size_t first, std::size_t last, std::uint64_t window) {   // the file or slot that a window is in
+      return static_cast<std::size_t>(std::upper_bound(before_.begin() + static_cast<std::ptrdiff_t>(first), before_.begin() + static_cast<std::ptrdiff_t>(last), window) - before_.begin()) - 1;
+    };
+    if (slots_.empty()) {
+      std::size_t const f = in(0, before_.size(), number);
+      std::uint64_t const begin = (number - before_[f]) * bytes_;
+      return {static_cast<std::uint32_t>(f), {begin, std::min(begin + bytes_, files_[f].size)}};
+    }
+    auto const owners = static_cast<std::uint64_t>(slots_.owners());
+    auto const [first, last] = slots_.of_owner(static_cast<std::int64_t>(number % owners));
+    std::uint64_t const window = before_[first] + number / owners;
+    if (window >= before_[last]) return {slots_.all()[first].file, {0, 0}};
+    std::size_t const s = in(first, last, window);
+    auto const& slot = slots_.all()[s];
+    std::uint64_t const begin = slot.begin + (window - before_[s]) * bytes_;
+    return {slot.file, {begin, std::min(begin + bytes_, slot.end)}};
+  }
+
+ private:
+  std::vector<PlannedFile> const& files_;
+  ForwardingSlots const& slots_;
+  std::uint64_t bytes_, count_ = 0;
+  std::vector<std::uint64_t> before_;   // windows before each file, or slot
 };
 
 }  // namespace dcp

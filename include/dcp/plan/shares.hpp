@@ -14,6 +14,7 @@
 #include <dcp/plan/transfer.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <map>
 #include <numeric>
@@ -33,7 +34,7 @@ struct CellRange {
   std::int64_t begin, end;
 };
 
-/// Cost      O(tensors + distinct layouts x ranks of their meshes) time and memory
+/// Cost      O(tensors + distinct layouts x ranks of their meshes) time; memory the same, where layouts replicate
 /// Law       for every tensor and cell, the ranges of its replicas are disjoint and cover the cell
 /// Balance   the largest writer has at most max(largest load that only it holds, 1.1 x mean) + 1 MiB, when replicas reach over
 ///           the whole mesh
@@ -47,7 +48,7 @@ class Shares {
   Shares(std::vector<TensorSpec> const& tensors, std::int64_t ranks) : loads_(static_cast<std::size_t>(ranks), 0), place_(tensors.size()) {
     std::multimap<std::uint64_t, std::size_t> known;
     for (std::size_t t = 0; t < tensors.size(); ++t) {
-      std::size_t const g = group_of(tensors[t], known);
+      std::size_t const g = find_group(tensors[t], known);
       place_[t] = {g, groups_[g].count++};
     }
     std::vector<std::size_t> order(groups_.size());
@@ -58,10 +59,12 @@ class Shares {
 
   /// What the rank at `coordinate` writes of tensor `t`.
   template <class = Deferred>
-  CellRange range_of(std::size_t t, MeshGeometry::Coordinate const& coordinate) const {
+  CellRange range_of(std::size_t t, MeshGeometry::Coordinate const& coordinate) const { return range_of(t, coordinate, held_at(groups_[place_[t].group].layout, coordinate)); }
+  /// The same where `part`, what it holds, is known.
+  template <class = Deferred>
+  CellRange range_of(std::size_t t, MeshGeometry::Coordinate const& coordinate, HeldPart const& part) const {
     auto const& [g, index] = place_[t];
     Group const& group = groups_[g];
-    HeldPart const part = held_at(group.layout, coordinate);
     if (group.copies == 1 || part.empty()) return {0, part.elements()};
     std::int64_t const replica = replica_index(group.layout, coordinate);
     std::int64_t const bytes = static_cast<std::int64_t>(bytes_of(group.dtype, part.elements())), line = index * bytes;
@@ -86,8 +89,18 @@ class Shares {
     return group.layout.mesh.rank_at(replica_coordinate(group.layout, coordinate, replica));
   }
 
+  /// Tensors of one group, by number, have equal layouts and dtypes.
+  std::size_t groups() const { return groups_.size(); }
+  std::size_t group_of(std::size_t t) const { return place_[t].group; }
+
   /// Bytes that each rank writes.
   std::vector<std::int64_t> const& loads() const { return loads_; }
+  template <class = Deferred>
+  std::uint64_t memory_bytes() const {
+    std::uint64_t bytes = groups_.capacity() * sizeof(Group) + loads_.capacity() * sizeof(std::int64_t) + place_.capacity() * sizeof(Place);
+    for (auto const& group : groups_) bytes += group.cuts.capacity() * sizeof(std::int64_t);
+    return bytes;
+  }
 
  private:
   struct Group {
@@ -119,7 +132,7 @@ class Shares {
     return hash;
   }
   template <class = Deferred>
-  std::size_t group_of(TensorSpec const& tensor, std::multimap<std::uint64_t, std::size_t>& known) {
+  std::size_t find_group(TensorSpec const& tensor, std::multimap<std::uint64_t, std::size_t>& known) {
     // Models list layers, and the tensors of a layer come in an order: mostly it is a group seen before.
     std::uint64_t const hash = hash_of(tensor);
     for (auto [at, end] = known.equal_range(hash); at != end; ++at)
@@ -145,50 +158,107 @@ class Shares {
     return group.cuts.data() + cell_index(group.numbered, coordinate) * (group.copies + 1);
   }
 
-  template <class = Deferred>
-  void fill(Group& group) {
-    std::int64_t const count = cells(group.numbered);
-    std::vector<std::size_t> ranks(static_cast<std::size_t>(group.copies));
-    if (group.copies > 1) group.cuts.resize(static_cast<std::size_t>(count * (group.copies + 1)));
-    for (std::int64_t cell = 0; cell < count; ++cell) {
-      auto coordinate = cell_coordinate(group.numbered, cell);
-      if (group.flat >= 0) coordinate[static_cast<std::size_t>(group.flat)] += group.first;
-      std::int64_t const bytes = static_cast<std::int64_t>(bytes_of(group.dtype, held_at(group.layout, coordinate).elements()));
-      std::int64_t const line = bytes * group.count;
-      if (group.copies == 1) {
-        loads_[static_cast<std::size_t>(group.layout.mesh.rank_at(coordinate))] += line;
-        continue;
+  // Calls visit(cell, rank of its first replica, elements) for every cell of a group. A job has many ranks, so a cell must cost little
+  // more than a multiplication: its box is known axis by axis.
+  template <class Visit>
+  static void for_each_cell(Group const& group, Visit visit) {
+    Layout const& layout = group.numbered;
+    if (group.flat >= 0) {
+      for (std::int64_t cell = 0, count = cells(layout); cell < count; ++cell) {
+        auto coordinate = cell_coordinate(layout, cell);
+        coordinate[static_cast<std::size_t>(group.flat)] += group.first;
+        visit(cell, group.layout.mesh.rank_at(coordinate), held_at(group.layout, coordinate).elements());
       }
-      for (std::int64_t r = 0; r < group.copies; ++r)
-        ranks[static_cast<std::size_t>(r)] = static_cast<std::size_t>(group.layout.mesh.rank_at(replica_coordinate(group.layout, coordinate, r)));
-      std::int64_t* cuts = group.cuts.data() + cell * (group.copies + 1);
-      std::int64_t const level = level_that_holds(ranks, line);
-      // Ideal lengths in replica order; each cut is rounded, and what rounding moves is seen by the groups filled later.
-      std::int64_t ideal = 0;
-      cuts[0] = 0;
-      for (std::size_t r = 0; r < ranks.size(); ++r) {
-        ideal += std::max<std::int64_t>(0, level - loads_[ranks[r]]);
-        cuts[r + 1] = r + 1 == ranks.size() ? line : std::max(cuts[r], rounded(std::min(ideal, line), bytes));
+      return;
+    }
+    CellAxes axes;
+    for (int d = 0; d < layout.shape.rank(); ++d) {
+      CutOrder const cuts = cuts_of(layout, d);
+      if (cuts.count == 0) axes.uncut *= layout.shape[d];
+      for (int i = 0; i < cuts.count; ++i) {
+        auto const a = static_cast<std::size_t>(cuts.axis[static_cast<std::size_t>(i)]);
+        std::int64_t weight = 1;   // in the number of a cell
+        for (std::size_t later = a + 1; later < static_cast<std::size_t>(layout.mesh.axes); ++later)
+          if (splits(layout.rules[later])) weight *= layout.mesh.extents[later];
+        axes.list[axes.count++] = {d, i == 0, i + 1 == cuts.count, layout.mesh.extents[a], layout.mesh.strides[a], weight};
       }
-      for (std::size_t r = 0; r < ranks.size(); ++r) loads_[ranks[r]] += cuts[r + 1] - cuts[r];
+    }
+    for_each_cell_from(layout, axes, 0, {0, layout.mesh.base, axes.uncut, 0, 0}, visit);
+  }
+
+  struct CellAxes {
+    struct Axis {
+      int dim;
+      bool first, last;   // of those that cut the dimension
+      std::int64_t extent, stride, weight;
+    };
+    std::array<Axis, max_axes> list{};
+    std::size_t count = 0;
+    std::int64_t uncut = 1;   // elements of the dimensions that no axis cuts
+  };
+  struct CellPrefix {
+    std::int64_t cell, rank, elements;   // so far
+    std::int64_t origin, size;           // of the dimension that is being cut
+  };
+  template <class Visit>
+  static void for_each_cell_from(Layout const& layout, CellAxes const& axes, std::size_t at, CellPrefix prefix, Visit& visit) {
+    if (at == axes.count) return static_cast<void>(visit(prefix.cell, prefix.rank, prefix.elements));
+    auto const& axis = axes.list[at];
+    if (axis.first) prefix.origin = 0, prefix.size = layout.split_shape[axis.dim];
+    std::int64_t const part = ceil_div(prefix.size, axis.extent), logical = layout.shape[axis.dim];
+    CellPrefix next = prefix;
+    for (std::int64_t c = 0; c < axis.extent; ++c) {
+      std::int64_t const begin = std::min(prefix.size, part * c);
+      next.origin = prefix.origin + begin;
+      next.size = std::min(part, prefix.size - begin);
+      if (axis.last) next.elements = prefix.elements * std::max<std::int64_t>(0, std::min(next.origin + next.size, logical) - next.origin);
+      if (at + 1 == axes.count) visit(next.cell, next.rank, next.elements);
+      else for_each_cell_from(layout, axes, at + 1, next, visit);
+      next.cell += axis.weight;
+      next.rank += axis.stride;
     }
   }
 
-  // The level to which the least loaded of `ranks` can be filled with `bytes`: sum over ranks of max(0, level - load) >= bytes.
   template <class = Deferred>
-  std::int64_t level_that_holds(std::vector<std::size_t> const& ranks, std::int64_t bytes) const {
-    if (ranks.size() == 1) return loads_[ranks[0]] + bytes;
-    std::vector<std::int64_t> sorted;
-    sorted.reserve(ranks.size());
-    for (auto const rank : ranks) sorted.push_back(loads_[rank]);
-    detail::sort(sorted);
-    std::int64_t sum = 0;
-    for (std::size_t i = 0; i < sorted.size(); ++i) {
-      sum += sorted[i];
-      std::int64_t const level = ceil_div<std::int64_t>(bytes + sum, static_cast<std::int64_t>(i) + 1);
-      if (i + 1 == sorted.size() || level <= sorted[i + 1]) return level;
+  void fill(Group& group) {
+    if (group.copies == 1) {
+      for_each_cell(group, [&](std::int64_t, std::int64_t rank, std::int64_t elements) { loads_[static_cast<std::size_t>(rank)] += static_cast<std::int64_t>(bytes_of(group.dtype, elements)) * group.count; });
+      return;
     }
-    return 0;
+    auto const copies = static_cast<std::size_t>(group.copies);
+    group.cuts.resize(static_cast<std::size_t>(cells(group.numbered)) * (copies + 1));
+    // The ranks of a cell's replicas, counted from the first of them.
+    std::vector<std::int64_t> replica(copies), loads(copies);
+    for (std::size_t r = 0; r < copies; ++r) replica[r] = group.layout.mesh.rank_at(replica_coordinate(group.layout, {}, static_cast<std::int64_t>(r))) - group.layout.mesh.base;
+    for_each_cell(group, [&](std::int64_t cell, std::int64_t first, std::int64_t elements) {
+      std::int64_t const bytes = static_cast<std::int64_t>(bytes_of(group.dtype, elements)), line = bytes * group.count;
+      std::int64_t* cuts = group.cuts.data() + static_cast<std::size_t>(cell) * (copies + 1);
+      for (std::size_t r = 0; r < copies; ++r) loads[r] = loads_[static_cast<std::size_t>(first + replica[r])];
+      std::int64_t const level = level_that_holds(loads, line);
+      // Ideal lengths in replica order; each cut is rounded, and what rounding moves is seen by the groups filled later.
+      std::int64_t ideal = 0;
+      cuts[0] = 0;
+      for (std::size_t r = 0; r < copies; ++r) {
+        std::int64_t& load = loads_[static_cast<std::size_t>(first + replica[r])];
+        ideal += std::max<std::int64_t>(0, level - load);
+        cuts[r + 1] = r + 1 == copies ? line : std::max(cuts[r], rounded(std::min(ideal, line), bytes));
+        load += cuts[r + 1] - cuts[r];
+      }
+    });
+  }
+
+  // The level to which the least of `loads` can be filled with `bytes`: sum over them of max(0, level - load) >= bytes. Those above the
+  // level that the others would have together take no part in it; without them it is lower, and more may be above.
+  static std::int64_t level_that_holds(std::vector<std::int64_t> const& loads, std::int64_t bytes) {
+    std::int64_t level = INT64_MAX;
+    for (;;) {
+      std::int64_t sum = 0, below = 0;
+      for (auto const load : loads)
+        if (load <= level) sum += load, ++below;
+      std::int64_t const next = ceil_div(bytes + sum, below);
+      if (next >= level) return level;
+      level = next;
+    }
   }
 
   // The position near `at` where a line of cells of `bytes` bytes may be cut: between cells, or, in large cells, on the grain.

@@ -40,6 +40,7 @@ struct Transfer {
   /// File position just before element `element`.
   template <class = Deferred>
   std::uint64_t position_of(std::int64_t element) const {
+    if (element == 0) return offset;
     std::int64_t at = 0;
     for (int d = shape.rank(); d-- > 0;) {
       at += element % shape[d] * file_strides[d];

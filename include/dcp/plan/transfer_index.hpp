@@ -36,6 +36,7 @@ class TransferIndex {
 
   std::vector<Transfer> const& transfers() const { return transfers_; }
   Transfer const& operator[](std::size_t i) const { return transfers_[i]; }
+  std::uint64_t memory_bytes() const { return transfers_.capacity() * sizeof(Transfer) + extents_.capacity() * sizeof(FileRange); }
 
   /// Calls visit(index, from, to) for the elements of each transfer that *begin* in the window. Windows side by side give every
   /// element exactly once.

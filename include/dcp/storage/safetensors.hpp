@@ -19,6 +19,7 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -108,7 +109,7 @@ class SafeTensorsDriver final : public AnyStorage {
   }
 
   FilePlan plan_files(SaveRequest const& request) const override {
-    std::vector<Target> const targets = choose_files(request);
+    Targets const targets = choose_files(request);
     return options_.layout == FileLayout::final ? plan_final(request, targets) : plan_sharded(request, targets);
   }
 
@@ -241,11 +242,22 @@ class SafeTensorsDriver final : public AnyStorage {
     return common;
   }
 
+  // A directory of the checkpoint: its files are numbered, and bear the same number of files in their names.
+  struct Directory {
+    std::string path;
+    int files = 0;
+    std::uint64_t bytes = 0, header = 0;   // of the file that is being filled
+    RecordGroup const* group = nullptr;    // of its first tensor
+  };
   // Where one tensor goes.
   struct Target {
-    std::string stored_name;
-    std::string directory;
-    int file = 1, files = 1;   // "file of files" in its directory
+    std::string_view stored_name;          // a part of the tensor's name
+    std::uint32_t directory = 0;
+    int file = 1;
+  };
+  struct Targets {
+    std::vector<Directory> directories;
+    std::vector<Target> of;                // of each tensor
   };
 
   RecordGroup const* group_of(std::string_view name) const {
@@ -253,30 +265,29 @@ class SafeTensorsDriver final : public AnyStorage {
       if (under_prefix(name, group.prefix)) return &group;
     return nullptr;
   }
-  static std::string stripped(std::string const& name, RecordGroup const* group) {
+  static std::string_view stripped(std::string_view name, RecordGroup const* group) {
     if (group == nullptr || !group->strip || group->prefix.empty() || name.size() <= group->prefix.size() + 1) return name;
     return name.substr(group->prefix.size() + 1);
   }
 
-  std::vector<Target> choose_files(SaveRequest const& request) const {
-    std::vector<Target> targets;
-    struct Open {
-      int files = 0;
-      std::uint64_t bytes = 0, header = 0;
+  Targets choose_files(SaveRequest const& request) const {
+    Targets targets;
+    targets.of.reserve(request.tensors.size());
+    auto const directory_of = [&](RecordGroup const* group) {
+      std::string_view const path = group == nullptr ? std::string_view{} : group->directory;
+      for (std::uint32_t d = 0; d < targets.directories.size(); ++d)
+        if (targets.directories[d].path == path) return d;
+      targets.directories.push_back({std::string{path}, 0, 0, 0, group});
+      return static_cast<std::uint32_t>(targets.directories.size() - 1);
     };
-    std::map<std::string, Open> directories;
-    std::map<std::pair<std::string, std::string>, std::size_t> stored;
-    std::map<std::string, RecordGroup const*> group_in;   // of each directory, to find names that could not be restored
     Problems problems;
-    for (std::size_t t = 0; t < request.tensors.size(); ++t) {
-      TensorSpec const& tensor = request.tensors[t];
+    for (auto const& tensor : request.tensors) {
       RecordGroup const* group = group_of(tensor.name);
-      Target target{stripped(tensor.name, group), group == nullptr ? "" : group->directory, 1, 1};
-      if (auto const [at, fresh] = stored.try_emplace({target.directory, target.stored_name}, t); !fresh)
-        problems.add(ErrorCode::duplicate_entry, tensor.name + " and " + request.tensors[at->second].name + " would both be " + target.stored_name + " in directory ./" + target.directory);
-      if (auto const [at, fresh] = group_in.try_emplace(target.directory, group); (!fresh && at->second != group && ((group != nullptr && group->strip) || (at->second != nullptr && at->second->strip))) ||
-                                                                               (group != nullptr && group->strip && tensor.name == group->prefix))
-        problems.add(ErrorCode::invalid_argument, tensor.name + ": directory ./" + target.directory + " holds names without their prefix, so names of other groups cannot stand there");
+      Target target{stripped(tensor.name, group), directory_of(group), 1};
+      Directory& directory = targets.directories[target.directory];
+      RecordGroup const* other = directory.group;
+      if ((other != group && ((group != nullptr && group->strip) || (other != nullptr && other->strip))) || (group != nullptr && group->strip && tensor.name == group->prefix))
+        problems.add(ErrorCode::invalid_argument, tensor.name + ": directory ./" + directory.path + " holds names without their prefix, so names of other groups cannot stand there");
       std::uint64_t bytes = 0;
       try {
         bytes = safetensors::tensor_bytes(tensor.dtype, tensor.layout.shape);
@@ -284,22 +295,29 @@ class SafeTensorsDriver final : public AnyStorage {
         problems.add(error.code(), tensor.name + ": " + error.message());
       }
       std::uint64_t const header = 128 + 6 * target.stored_name.size() + 48 * static_cast<std::size_t>(tensor.layout.shape.rank());   // an upper bound
-      Open& open = directories[target.directory];
       if (options_.file_of.empty()) {
-        if (open.files == 0 || (open.bytes > 0 && open.bytes + bytes > options_.max_file_bytes) || open.header + header > safetensors::max_header_bytes / 2) open = {open.files + 1, 0, 0};
-        open.bytes += bytes;
-        open.header += header;
-        target.file = open.files;
+        if (directory.files == 0 || (directory.bytes > 0 && directory.bytes + bytes > options_.max_file_bytes) || directory.header + header > safetensors::max_header_bytes / 2)
+          ++directory.files, directory.bytes = directory.header = 0;
+        directory.bytes += bytes;
+        directory.header += header;
+        target.file = directory.files;
       } else if (auto const at = options_.file_of.find(tensor.name); at == options_.file_of.end() || at->second < 1) {
         problems.add(ErrorCode::invalid_argument, tensor.name + ": file_of has no file number from 1 for it");
       } else {
         target.file = at->second;
-        open.files = std::max(open.files, at->second);
+        directory.files = std::max(directory.files, at->second);
       }
-      targets.push_back(std::move(target));
+      targets.of.push_back(target);
+    }
+    // Names that differ can only be stored alike where a prefix is taken off, which `problems` knows of.
+    if (!problems.empty()) {
+      std::map<std::pair<std::uint32_t, std::string_view>, std::size_t> stored;
+      for (std::size_t t = 0; t < targets.of.size(); ++t)
+        if (auto const [at, fresh] = stored.try_emplace({targets.of[t].directory, targets.of[t].stored_name}, t); !fresh)
+          problems.add(ErrorCode::duplicate_entry, request.tensors[t].name + " and " + request.tensors[at->second].name + " would both be " + std::string{targets.of[t].stored_name} + " in directory ./" +
+                                                       targets.directories[targets.of[t].directory].path);
     }
     problems.raise();
-    for (auto& target : targets) target.files = directories[target.directory].files;
     return targets;
   }
 
@@ -311,49 +329,81 @@ class SafeTensorsDriver final : public AnyStorage {
     return metadata;
   }
 
-  FilePlan plan_final(SaveRequest const& request, std::vector<Target> const& targets) const {
+  // All ranks plan all files; the text of a header is made by the rank that writes it, and that of an index by rank 0.
+  FilePlan plan_final(SaveRequest const& request, Targets const& targets) const {
     FilePlan plan;
-    std::map<std::pair<std::string, int>, std::vector<std::uint32_t>> members;   // of each file
-    std::map<std::string, hf::Index> indexes;                                    // of each directory
-    for (std::uint32_t t = 0; t < targets.size(); ++t) members[{targets[t].directory, targets[t].file}].push_back(t);
-    for (auto const& [key, tensors] : members) {
-      auto const f = static_cast<std::uint32_t>(plan.files.size());
-      std::string const file_name = hf::model_file_name(key.second, targets[tensors[0]].files);
-      std::map<std::string_view, std::uint32_t> by_name;
+    auto const same_file = [&](std::uint32_t a, std::uint32_t b) { return targets.of[a].directory == targets.of[b].directory && targets.of[a].file == targets.of[b].file; };
+    std::vector<std::uint32_t> order(targets.of.size());
+    std::iota(order.begin(), order.end(), 0u);
+    auto const before = [&](std::uint32_t a, std::uint32_t b) {
+      Target const &x = targets.of[a], &y = targets.of[b];
+      if (x.directory != y.directory) return targets.directories[x.directory].path < targets.directories[y.directory].path;
+      return x.file < y.file;
+    };
+    if (!std::is_sorted(order.begin(), order.end(), before)) std::stable_sort(order.begin(), order.end(), before);
+    // As the reference writer orders the tensors of a file: widest dtype first, then by name, as they come.
+    for (std::size_t begin = 0, end = 0; begin < order.size(); begin = end) {
+      while (end < order.size() && same_file(order[begin], order[end])) ++end;
+      auto const first = order.begin() + static_cast<std::ptrdiff_t>(begin), last = order.begin() + static_cast<std::ptrdiff_t>(end);
+      auto const in_file = [&](std::uint32_t a, std::uint32_t b) {
+        DType const x = request.tensors[a].dtype, y = request.tensors[b].dtype;
+        return x != y ? x > y : targets.of[a].stored_name < targets.of[b].stored_name;
+      };
+      if (!std::is_sorted(first, last, in_file)) std::sort(first, last, in_file);
+    }
+
+    std::vector<std::pair<std::string, hf::Index>> indexes;   // of each directory, on rank 0
+    plan.stored.reserve(order.size());
+    for (std::size_t begin = 0, end = 0; begin < order.size(); begin = end) {
+      Target const& target = targets.of[order[begin]];
+      Directory const& directory = targets.directories[target.directory];
       std::vector<safetensors::TensorInfo> infos;
-      for (auto const t : tensors) {
-        infos.push_back({targets[t].stored_name, request.tensors[t].dtype, request.tensors[t].layout.shape, 0, 0});
-        by_name[targets[t].stored_name] = t;
+      std::uint64_t cursor = 0;
+      for (; end < order.size() && same_file(order[begin], order[end]); ++end) {
+        TensorSpec const& tensor = request.tensors[order[end]];
+        std::uint64_t const bytes = safetensors::tensor_bytes(tensor.dtype, tensor.layout.shape);
+        infos.push_back({std::string{targets.of[order[end]].stored_name}, tensor.dtype, tensor.layout.shape, cursor, cursor + bytes});
+        cursor += bytes;
       }
-      safetensors::assign_offsets(infos);
+      std::string const file_name = hf::model_file_name(target.file, directory.files);
+      hf::Index* index = nullptr;
+      if (request.rank == 0) {
+        std::string path = joined(directory.path, std::string{hf::index_file_name});
+        if (indexes.empty() || indexes.back().first != path) {
+          indexes.emplace_back(std::move(path), hf::Index{});
+          indexes.back().second.total_size = 0;
+        }
+        index = &indexes.back().second;
+      }
       safetensors::Metadata metadata = file_metadata();
-      hf::Index& index = indexes[key.first];
       for (auto const& tie : request.ties) {
         RecordGroup const* group = group_of(tie.kept);
         if (group != group_of(tie.dropped)) continue;   // the record has it; a reader of these files has no use for it
-        std::string const kept = stripped(tie.kept, group), dropped = stripped(tie.dropped, group);
-        if ((group == nullptr ? "" : group->directory) != key.first || !by_name.contains(kept)) continue;
-        metadata.emplace_back(dropped, kept);
-        if (targets[tensors[0]].files > 1) index.metadata.emplace_back(dropped, kept);
+        auto const kept = std::lower_bound(request.tensors.begin(), request.tensors.end(), tie.kept, [](TensorSpec const& tensor, std::string const& name) { return tensor.name < name; });
+        if (kept == request.tensors.end() || kept->name != tie.kept || !same_file(order[begin], static_cast<std::uint32_t>(kept - request.tensors.begin()))) continue;
+        metadata.emplace_back(stripped(tie.dropped, group), stripped(tie.kept, group));
+        if (index != nullptr && directory.files > 1) index->metadata.push_back(metadata.back());
       }
-      Bytes header = safetensors::write_header(infos, std::move(metadata), 4096);
+      auto const f = static_cast<std::uint32_t>(plan.files.size());
       PlannedFile& file = plan.files.emplace_back();
-      file.path = joined(key.first, file_name);
-      file.size = header.size();
-      if (!index.total_size) index.total_size = 0;
-      for (auto const& info : infos) {
-        std::uint32_t const t = by_name[info.name];
-        plan.stored.push_back({t, f, header.size() + info.begin, Box::whole(info.shape)});
-        file.size = header.size() + info.end;
-        *index.total_size += info.end - info.begin;
-        index.weight_map.emplace_back(info.name, file_name);
+      file.path = joined(directory.path, file_name);
+      std::uint64_t data = 0;
+      if (header_writer(f, request.ranks) == request.rank) {
+        file.literals.push_back({0, safetensors::write_header(infos, std::move(metadata), 4096)});
+        data = file.literals[0].bytes.size();
+      } else {
+        data = safetensors::header_size(infos, std::move(metadata), 4096);
       }
-      file.literals.push_back({0, std::move(header)});
+      file.size = data + cursor;
+      for (std::size_t i = 0; i < infos.size(); ++i) plan.stored.push_back({order[begin + i], f, data + infos[i].begin, Box::whole(infos[i].shape)});
+      if (index == nullptr) continue;
+      *index->total_size += cursor;
+      for (auto& info : infos) index->weight_map.emplace_back(std::move(info.name), file_name);
     }
-    for (auto const& [directory, index] : indexes) {
-      auto const text = hf::write_index(index);
+    for (auto& [path, index] : indexes) {
+      auto const text = hf::write_index(std::move(index));
       auto const bytes = as_byte_span(text);
-      plan.commit_files.emplace_back(joined(directory, std::string{hf::index_file_name}), Bytes(bytes.begin(), bytes.end()));
+      plan.commit_files.emplace_back(path, Bytes(bytes.begin(), bytes.end()));
     }
     return plan;
   }
@@ -373,14 +423,14 @@ class SafeTensorsDriver final : public AnyStorage {
     return box;
   }
 
-  FilePlan plan_sharded(SaveRequest const& request, std::vector<Target> const& targets) const {
+  FilePlan plan_sharded(SaveRequest const& request, Targets const& targets) const {
     struct Piece {
       std::uint32_t tensor;
       Box box;
     };
     // A flat shard is several boxes of one name, and a file holds a name once: they go to as many files.
     std::map<std::tuple<std::string, int, int>, std::vector<Piece>> members;
-    for (std::uint32_t t = 0; t < targets.size(); ++t) {
+    for (std::uint32_t t = 0; t < targets.of.size(); ++t) {
       Layout const& layout = request.tensors[t].layout;
       auto const coordinate = layout.mesh.coordinate_of(request.rank);
       if (!coordinate) continue;
@@ -389,7 +439,7 @@ class SafeTensorsDriver final : public AnyStorage {
       auto const add = [&](Box const& box) {
         if (!on_byte_boundaries(request.tensors[t].dtype, box, Box::whole(layout.shape)))
           throw Error{ErrorCode::misaligned, request.tensors[t].name + ": its layout cuts a byte of " + std::string{to_string(request.tensors[t].dtype)} + " elements"};
-        members[{targets[t].directory, targets[t].file, pieces++}].push_back({t, box});
+        members[{targets.directories[targets.of[t].directory].path, targets.of[t].file, pieces++}].push_back({t, box});
       };
       if (layout.shape.empty()) {   // still an entry, of one rank
         if (first) add(Box::whole(layout.shape));
@@ -402,11 +452,11 @@ class SafeTensorsDriver final : public AnyStorage {
     FilePlan plan;
     for (auto const& [key, pieces] : members) {
       auto const f = static_cast<std::uint32_t>(plan.files.size());
-      std::map<std::string_view, Piece const*> by_name;
+      std::map<std::string, Piece const*> by_name;
       std::vector<safetensors::TensorInfo> infos;
       safetensors::ShardingInfo sharding;
       for (auto const& piece : pieces) {
-        std::string const& name = targets[piece.tensor].stored_name;
+        std::string const name{targets.of[piece.tensor].stored_name};
         infos.push_back({name, request.tensors[piece.tensor].dtype, piece.box.shape, 0, 0});
         by_name[name] = &piece;
         sharding[name] = {piece.box.origin.begin(), piece.box.origin.end()};
@@ -419,7 +469,7 @@ class SafeTensorsDriver final : public AnyStorage {
       PlannedFile& file = plan.files.emplace_back();
       file.only_rank = request.rank;
       auto const& [directory, number, part] = key;
-      file.path = joined(directory, hf::shard_file_name(static_cast<int>(request.rank + part * request.ranks) + 1, number, targets[pieces[0].tensor].files));
+      file.path = joined(directory, hf::shard_file_name(static_cast<int>(request.rank + part * request.ranks) + 1, number, targets.directories[targets.of[pieces[0].tensor].directory].files));
       file.size = header.size();
       for (auto const& info : infos) {
         Piece const& piece = *by_name[info.name];
