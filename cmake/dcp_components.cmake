@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # The optional dependencies, one table for the build and for the installed package. A component is a header of its own, never included
 # by another one, and target dcp::<component>. To add one: a name in the list, and its rows.
-set(dcp_components mpi eigen)
+set(dcp_components mpi eigen uring)
+set(dcp_find_modules ${CMAKE_CURRENT_LIST_DIR})   # of packages that bring none
 
 set(dcp_mpi_headers comm/mpi.hpp comm/mpi_gossip.hpp)
 set(dcp_mpi_package MPI)
@@ -15,11 +16,19 @@ set(dcp_eigen_arguments 3.3)
 set(dcp_eigen_target Eigen3::Eigen)
 set(dcp_eigen_debian libeigen3-dev)
 
+set(dcp_uring_headers io/uring.hpp media/uring_fs.hpp)
+set(dcp_uring_package liburing)
+set(dcp_uring_arguments "")
+set(dcp_uring_target liburing::liburing)
+set(dcp_uring_debian liburing-dev)
+
 # Looks for the dependency of a component: dcp_<component>_FOUND, and in words dcp_<component>_reason if it is not there.
 # A macro, because find_package also sets variables that the caller's project uses (MPIEXEC_EXECUTABLE).
 macro(dcp_find_component component)
   if(NOT TARGET ${dcp_${component}_target})
+    list(APPEND CMAKE_MODULE_PATH ${dcp_find_modules})
     find_package(${dcp_${component}_package} ${dcp_${component}_arguments} QUIET)
+    list(REMOVE_ITEM CMAKE_MODULE_PATH ${dcp_find_modules})
   endif()
   if(TARGET ${dcp_${component}_target})
     set(dcp_${component}_FOUND TRUE)

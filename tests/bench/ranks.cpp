@@ -8,12 +8,15 @@
 // one line of JSON. Seconds are those of the slowest rank, from a barrier on.
 //   state tensors=64 rows=2048 columns=2048 dim=0     float32, split along `dim`
 //   fill | clear | check                              the memory: a function of name and position; zeros; compared with that function
-//   save place=... files=4 checksums=1 memory=268435456
+//   save place=... files=4 checksums=1 memory=268435456 engine=threads|uring
 //   load place=... verify=standard
 //   raw place=... direct=1                            the same bytes by plain writes of 4 MiB, one after the other, with fsync: no format
 //   quit
 #include <dcp/comm/mpi.hpp>
 #include <dcp/dcp.hpp>
+#ifdef WITH_URING
+#include <dcp/media/uring_fs.hpp>
+#endif
 
 #include <algorithm>
 #include <chrono>
@@ -178,7 +181,8 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
           if (x != wanted) throw std::runtime_error{"wrong contents"};
         });
       } else if (verb == "save") {
-        dcp::SaveOptions<dcp::SafeTensors> options;
+        auto const save_on = [&]<class On>(On) {
+        dcp::SaveOptions<On> options;
         options.if_exists = dcp::IfExists::replace;
         options.memory_bytes = static_cast<std::uint64_t>(number(words, "memory", static_cast<std::int64_t>(dcp::default_memory_bytes)));
         options.threads = static_cast<int>(number(words, "threads", options.threads));
@@ -187,9 +191,15 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
         if (auto const files = number(words, "files", 1); files > 1) options.storage.file_of = files_of(state, files);
         if (world.rank() == 0) std::filesystem::remove_all(place);   // the other side's is removed before its turn, too
         timed([&] {
-          auto const report = dcp::save<dcp::SafeTensors>(world, place, state, options);
+          auto const report = dcp::save<On>(world, place, state, options);
           if (number(words, "report", 0) != 0 && world.rank() == 0) std::cerr << report << '\n';
         });
+        };
+#ifdef WITH_URING
+        if (text(words, "engine") == "uring") save_on(dcp::BasicSafeTensors<dcp::UringFs>{});
+        else
+#endif
+          save_on(dcp::SafeTensors{});
       } else if (verb == "load") {
         dcp::LoadOptions<dcp::SafeTensors> options;
         options.verify = verify_of(text(words, "verify", "standard"));

@@ -24,6 +24,7 @@ for argument in "$@"; do
 done
 
 dcp_install g++ cmake ninja-build nlohmann-json3-dev libopenmpi-dev openmpi-bin python3-venv
+dcp_install liburing-dev || true   # without it there are no rows of io_uring
 dcp_python_environment
 [ -n "$dcp_python" ] || { echo "no benchmarks: $dcp_python_reason" >&2; exit 1; }
 cmake -S . -B build/bench -G Ninja -DCMAKE_BUILD_TYPE=Release -DDCP_BUILD_TESTS=OFF -DDCP_BUILD_EXAMPLES=OFF -DDCP_BUILD_BENCHMARKS=ON >build/bench.log 2>&1 || { cat build/bench.log; exit 1; }

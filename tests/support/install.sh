@@ -32,6 +32,7 @@ dcp_has() {
     nlohmann-json3-dev) dcp_includes nlohmann/json.hpp ;;
     doctest-dev) dcp_includes doctest/doctest.h ;;
     libeigen3-dev) dcp_includes Eigen/Core -I/usr/include/eigen3 ;;
+    liburing-dev) dcp_includes liburing.h ;;
     libopenmpi-dev) command -v mpicxx >/dev/null ;;
     openmpi-bin) command -v mpiexec >/dev/null ;;
     python3-venv) dcp_base_python >/dev/null ;;

@@ -50,7 +50,14 @@ class Writer {
   Writer(CommRef comm, AnyMedium& medium, std::string directory, SavePlan const& plan, SaveSettings const& settings, Stopwatch& watch)
       : comm_{comm}, medium_{medium}, directory_{std::move(directory)}, plan_{plan}, settings_{settings}, budget_{Budget::of(settings.memory_bytes, settings.threads)}, watch_{watch}, windows_{plan.files(), plan.slots(), budget_.round_bytes}, workers_{budget_.threads} {
     files_.resize(plan_.files().size());
-    buffers_.resize(workers_.threads());
+    lanes_.resize(workers_.threads());
+    // A second write of a thread that has only one under way would wait for it.
+    std::size_t const depth = std::clamp<std::size_t>(static_cast<std::size_t>(settings.memory_bytes * 3 / 8 / budget_.buffer_bytes) / lanes_.size(), 1, 8);
+    for (auto& lane : lanes_) {
+      if (depth > 1) lane.queue = medium.open_queue(depth);
+      lane.writes.resize(lane.queue ? lane.queue->depth() : 1);
+      for (std::size_t id = 0; id < lane.writes.size(); ++id) lane.idle.push_back(id);
+    }
   }
 
   /// Writes, syncs and closes everything this rank owns. Collective. Returns the sums of what it wrote.
@@ -62,6 +69,8 @@ class Writer {
       for (std::uint32_t f = 0; f < plan_.files().size(); ++f)
         if (plan_.files()[f].size == 0 && plan_.owner_of(f, 0) == comm_.rank()) file(f);
       workers_.finish([&] { alive(); });
+      for (auto& lane : lanes_)
+        while (lane.idle.size() < lane.writes.size()) end_one(lane), alive();
       watch_.here().bytes += total_;
       watch_.here().operations += writes_;
       if (settings_.progress) settings_.progress({"write", total_, total_});
@@ -84,6 +93,18 @@ class Writer {
     AlignedBuffer bytes;
     std::vector<FileRange> filled;
   };
+  // What one thread has under way.
+  struct Lane {
+    struct Write {
+      AlignedBuffer buffer;
+      std::uint32_t file = 0;
+      FileRange range{0, 0};
+    };
+    std::vector<Write> writes;
+    std::vector<std::size_t> idle;        // of them
+    std::unique_ptr<WriteQueue> queue;    // last: it ends before what it reads
+  };
+
   // On the caller's thread, while others work.
   void alive() {
     comm_.progress();
@@ -105,10 +126,10 @@ class Writer {
     return *files_[f];
   }
 
-  // What `fill(position, part)` puts into `bytes` goes to `position` of a file. Checksums are of what is written, not of its source, and
-  // of small blocks: what was just filled is still in cache.
-  template <class Fill>
-  void write(std::uint32_t f, std::uint64_t position, ByteSpan bytes, Fill fill) {
+  // What `fill(position, part)` puts into `bytes` goes to `position` of a file, by `put(file)`. Checksums are of what is written, not of
+  // its source, and of small blocks: what was just filled is still in cache.
+  template <class Fill, class Put>
+  void write(std::uint32_t f, std::uint64_t position, ByteSpan bytes, Fill fill, Put put) {
     constexpr std::uint64_t cached_bytes = 256 << 10;
     PlannedFile const& planned = plan_.files()[f];
     try {
@@ -125,10 +146,23 @@ class Writer {
         sums.emplace_back(chunk, ChunkSum{crc.contribution(), end - begin});
       }
       sums_.add(planned.path, planned.size, sums);
-      file(f).write_at(position, bytes);
-      done_ += bytes.size();
+      put(file(f));
     } catch (Error& error) {
       throw error.with_path(directory_ + '/' + planned.path).with_range(position, position + bytes.size());
+    }
+  }
+
+  // Waits for one of the writes of a queue.
+  void end_one(Lane& lane) {
+    auto const ended = lane.queue->wait();
+    auto const& write = lane.writes[ended.id];
+    lane.idle.push_back(ended.id);
+    done_ += write.range.size();
+    if (!ended.failure) return;
+    try {
+      std::rethrow_exception(ended.failure);
+    } catch (Error& error) {
+      throw error.with_path(directory_ + '/' + plan_.files()[write.file].path).with_range(write.range.begin, write.range.end);
     }
   }
 
@@ -215,7 +249,9 @@ class Writer {
         ++writes_;
         workers_.submit(
             [this, segment = std::make_shared<Segment>(std::move(segment))](std::size_t) mutable {
-              write(segment->file, segment->range.begin, segment->bytes.first(segment->range.size()), [](std::uint64_t, ByteSpan) {});
+              auto const bytes = segment->bytes.first(segment->range.size());
+              write(segment->file, segment->range.begin, bytes, [](std::uint64_t, ByteSpan) {}, [&](WritableFile& out) { out.write_at(segment->range.begin, bytes); });
+              done_ += bytes.size();
               segment.reset();
               --segments_in_flight_;
             },
@@ -259,13 +295,23 @@ class Writer {
       total_ += end - at;
       ++writes_;
       workers_.submit([this, f, at, end](std::size_t thread) {
-        AlignedBuffer& buffer = buffers_[thread];
+        Lane& lane = lanes_[thread];
+        if (lane.idle.empty()) end_one(lane);
+        std::size_t const id = lane.idle.back();
+        auto& [buffer, written_file, written_range] = lane.writes[id];
         if (buffer.size() == 0) buffer = AlignedBuffer{static_cast<std::size_t>(budget_.buffer_bytes)};
+        written_file = f, written_range = {at, end};
         std::uint64_t held = 0;
-        write(f, at, buffer.first(end - at), [&](std::uint64_t position, ByteSpan part) {
+        auto const gather = [&](std::uint64_t position, ByteSpan part) {
           held += plan_.gather(f, position, position + part.size(), part.data());
           if (held != position + part.size() - at)
             throw Error{ErrorCode::incomplete, "this rank holds " + std::to_string(held) + " of " + std::to_string(position + part.size() - at) + " bytes that it is to write"};
+        };
+        ByteSpan const bytes = buffer.first(end - at);
+        write(f, at, bytes, gather, [&](WritableFile& out) {
+          if (!lane.queue) return out.write_at(at, bytes), static_cast<void>(done_ += bytes.size());
+          lane.idle.pop_back();
+          lane.queue->begin(out, at, bytes, id);
         });
       });
       at = end;
@@ -287,7 +333,7 @@ class Writer {
   std::atomic<std::uint64_t> done_{0};
   std::atomic<std::int64_t> segments_in_flight_{0};
   Stopwatch::clock::time_point reported_ = Stopwatch::clock::now();
-  std::vector<AlignedBuffer> buffers_;               // one per worker
+  std::vector<Lane> lanes_;                          // one per worker
   Workers<> workers_;                                // last: it ends before what its jobs use
 };
 

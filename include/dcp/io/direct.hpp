@@ -92,6 +92,7 @@ class DirectFile {
     file_.sync();
   }
   void close() { file_.close(); }
+  int descriptor() const { return file_.descriptor(); }
   DirectFile(DirectFile&& other) noexcept : file_{std::move(other.file_)}, block_{other.block_}, size_{other.size_}, cut_{other.cut_.load()} {}
 
  private:

@@ -45,6 +45,7 @@ class LocalWritableFile final : public WritableFile {
   void resize(std::uint64_t size) override { file_.resize(size); }
   void sync() override { file_.sync(); }
   void close() override { file_.close(); }
+  int descriptor() const override { return file_.descriptor(); }
 
  private:
   FileHandle file_;
@@ -76,6 +77,7 @@ class LocalDirectFile final : public WritableFile {
   void resize(std::uint64_t size) override { file_.resize(size); }
   void sync() override { file_.sync(); }
   void close() override { file_.close(); }
+  int descriptor() const override { return file_.descriptor(); }
 
  private:
   DirectFile<> file_;

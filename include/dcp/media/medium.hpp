@@ -50,6 +50,25 @@ class WritableFile {
   virtual void sync() = 0;
   /// Reports what a close can report. The destructor closes silently.
   virtual void close() = 0;
+  /// The system's number of the file, for writes of whole blocks that somebody else does; -1 if it has none.
+  virtual int descriptor() const { return -1; }
+};
+
+/// Several writes under way at once, for one thread at a time.
+class WriteQueue {
+ public:
+  struct Ended {
+    std::size_t id;
+    std::exception_ptr failure;
+  };
+  /// Waits for all that is under way.
+  virtual ~WriteQueue() = default;
+  /// How many writes may be under way; their ids are below this number.
+  virtual std::size_t depth() const = 0;
+  /// Begins to write `bytes` at `offset`, all of them. They stay as they are until wait() returns `id`.
+  virtual void begin(WritableFile& file, std::uint64_t offset, ConstByteSpan bytes, std::size_t id) = 0;
+  /// Waits until one of the writes that were begun has ended.
+  virtual Ended wait() = 0;
 };
 
 /// A file being read. Thread-safe.
@@ -97,6 +116,8 @@ class AnyMedium {
   /// As open_write, for writes of whole blocks of `block` bytes, each of one writer, from memory at multiples of 4 KiB; only one that
   /// ends the file may end inside a block. A medium without a faster way for these needs no such member.
   virtual std::unique_ptr<WritableFile> open_blocks(std::string const& path, std::uint64_t block, DirectIo mode) = 0;
+  /// For writes to files of open_blocks; nothing where a thread can have only one under way. Such a medium needs no such member.
+  virtual std::unique_ptr<WriteQueue> open_queue(std::size_t depth) = 0;
   virtual void rename_file(std::string const& from, std::string const& to) = 0;   // replaces `to`
   virtual void remove_file(std::string const& path) = 0;                          // no error if it is not there
 
@@ -213,6 +234,10 @@ class MediumModel final : public AnyMedium {
   std::unique_ptr<WritableFile> open_blocks(std::string const& path, std::uint64_t block, DirectIo mode) override {
     if constexpr (requires { medium_.open_blocks(path, block, mode); }) return medium_.open_blocks(path, block, mode);
     else return medium_.open_write(path);
+  }
+  std::unique_ptr<WriteQueue> open_queue(std::size_t depth) override {
+    if constexpr (requires { medium_.open_queue(depth); }) return medium_.open_queue(depth);
+    else return static_cast<void>(depth), nullptr;
   }
   void rename_file(std::string const& from, std::string const& to) override { medium_.rename_file(from, to); }
   void remove_file(std::string const& path) override { medium_.remove_file(path); }

@@ -519,14 +519,14 @@ class SafeTensorsDriver final : public AnyStorage {
 };
 }  // namespace detail
 
-template <>
-struct MediumPlace<LocalFs> {
+template <std::derived_from<LocalFs> Fs>
+struct MediumPlace<Fs> {
   using type = std::filesystem::path;
-  template <class M = LocalFs>   // a parameter, so that the model of the medium waits for a call
+  template <class M = Fs>   // a parameter, so that the model of the medium waits for a call
   static PlaceRef locate(type const& place) { return {std::make_shared<MediumModel<M>>(M{}), place.string()}; }
 };
 
-/// safetensors over any medium. Place: std::filesystem::path for LocalFs, {medium, prefix} for others.
+/// safetensors over any medium. Place: std::filesystem::path for the file system, {medium, prefix} for others.
 template <class M>
 struct BasicSafeTensors {
   using Medium = M;

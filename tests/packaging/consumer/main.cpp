@@ -6,6 +6,9 @@
 #ifdef WITH_EIGEN
 #include <dcp/ext/eigen.hpp>
 #endif
+#ifdef WITH_URING
+#include <dcp/media/uring_fs.hpp>
+#endif
 
 int main() {
 #ifdef WITH_MPI
@@ -15,6 +18,9 @@ int main() {
 #ifdef WITH_EIGEN
   Eigen::Matrix<float, 2, 2, Eigen::RowMajor> const matrix = Eigen::Matrix<float, 2, 2, Eigen::RowMajor>::Identity();
   if (matrix.trace() != 2.0f) return 3;
+#endif
+#ifdef WITH_URING
+  static_cast<void>(dcp::UringFs{}.open_queue(4));   // linked; whether there is a ring is the machine's affair
 #endif
   return uses_dcp() ? 0 : 1;
 }
