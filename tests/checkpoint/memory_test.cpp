@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// What save, load and reshard allocate beside the state, counted by operator new: the budget of each rank, and what metadata there is.
+#include <dcp/checkpoint/load.hpp>
+#include <dcp/checkpoint/reshard.hpp>
+#include <dcp/checkpoint/save.hpp>
+#include <dcp/comm/threads.hpp>
+#include <dcp/storage/safetensors.hpp>
+
+#include "support/allocations.hpp"
+#include "support/temporary_directory.hpp"
+
+#include <doctest/doctest.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace {
+
+using dcp::Placement;
+using dcp::Replicate;
+using dcp::Shard;
+
+constexpr std::int64_t tensors = 6, rows = 2048, columns = 2000;   // 16 MB each, 98 MB in all
+constexpr std::uint64_t state_bytes = 4 * tensors * rows * columns;
+
+// The tensors of a rank, each in memory of its own.
+template <class T, class P>
+struct Held {
+  std::vector<std::vector<T>> memory;
+  dcp::StateDict state;
+
+  explicit Held(dcp::ThreadComm const& world) {
+    dcp::DeviceMesh<1> const mesh{world, {world.size()}};
+    for (std::int64_t t = 0; t < tensors; ++t) {
+      memory.emplace_back(dcp::local_box<P>(mesh, {rows, columns}).size());
+      state.add("t" + std::to_string(t), dcp::ShardedTensor<T, P>{mesh, {rows, columns}, memory.back()});
+    }
+  }
+};
+
+// The most that `body` allocates on all ranks together, beside the states that `make` makes.
+template <class Make, class Body>
+std::size_t peak_of(int ranks, Make make, Body body) {
+  std::size_t most = 0;
+  std::optional<dcp::test::AllocationPeak> peak;
+  dcp::run_threads(ranks, [&](dcp::ThreadComm& world) {
+    auto states = make(world);
+    world.barrier();
+    if (world.rank() == 0) peak.emplace();
+    world.barrier();
+    body(world, states);
+    world.barrier();
+    if (world.rank() == 0) most = peak->bytes();
+    world.barrier();
+  });
+  return most;
+}
+
+}  // namespace
+
+TEST_CASE("save, load, reshard: a rank allocates its budget and a little metadata, however large the tensors and whichever way they are cut") {
+  if (!dcp::test::counts_allocations) return;   // said when the program starts
+  for (int const ranks : {1, 2, 4})
+    for (std::uint64_t const budget : {std::uint64_t{16} << 20, std::uint64_t{24} << 20}) {
+      CAPTURE(ranks);
+      CAPTURE(budget);
+      dcp::test::TemporaryDirectory directory;
+      std::string const place = directory.path() + "/ckpt";
+      std::size_t const allowed = static_cast<std::size_t>(ranks) * (budget + (1 << 20));
+      REQUIRE(allowed * 10 < state_bytes * 12);   // a copy of the state would show
+
+      auto const save_as = [&]<class P>(P, char const* how, dcp::FileLayout layout, std::int64_t writers) {
+        CAPTURE(how);
+        auto const peak = peak_of(ranks, [](dcp::ThreadComm& world) { return Held<float, P>{world}; }, [&](dcp::ThreadComm& world, Held<float, P>& held) {
+          dcp::SaveOptions<dcp::SafeTensors> options;
+          options.if_exists = dcp::IfExists::replace;
+          options.memory_bytes = budget;
+          options.writers_per_file = writers;
+          options.storage.layout = layout;
+          dcp::save<dcp::SafeTensors>(world, place, held.state, options);
+        });
+        CHECK(peak <= allowed);
+        CHECK(peak >= 1 << 20);
+      };
+      save_as(Placement<Replicate>{}, "replicated", dcp::FileLayout::final, 16);
+      save_as(Placement<Shard<1>>{}, "columns, one file per rank", dcp::FileLayout::sharded, 16);
+      save_as(Placement<Shard<1>>{}, "columns", dcp::FileLayout::final, 16);
+      save_as(Placement<Shard<1>>{}, "columns, forwarded", dcp::FileLayout::final, 1);
+      save_as(Placement<Shard<0>>{}, "rows", dcp::FileLayout::final, 16);
+
+      auto const load_as = [&]<class T, class P>(T, P, char const* how, dcp::Verify verify) {
+        CAPTURE(how);
+        auto const peak = peak_of(ranks, [](dcp::ThreadComm& world) { return Held<T, P>{world}; }, [&](dcp::ThreadComm& world, Held<T, P>& held) {
+          dcp::LoadOptions<dcp::SafeTensors> options;
+          options.memory_bytes = budget;
+          options.verify = verify;
+          options.on_dtype = dcp::OnDType::cast;
+          dcp::load<dcp::SafeTensors>(world, place, held.state, options);
+        });
+        CHECK(peak <= allowed);
+      };
+      load_as(0.0f, Placement<Shard<0>>{}, "rows", dcp::Verify::standard);
+      load_as(0.0f, Placement<Shard<1>>{}, "columns", dcp::Verify::standard);
+      load_as(0.0f, Placement<Shard<1>>{}, "columns, all verified", dcp::Verify::full);
+      load_as(0.0f, Placement<Replicate>{}, "replicated, unverified", dcp::Verify::none);
+      load_as(0.0, Placement<Shard<1>>{}, "columns, cast", dcp::Verify::standard);
+
+      struct Both {
+        Held<float, Placement<Shard<0>>> from;
+        Held<float, Placement<Shard<1>>> to;
+      };
+      auto const peak = peak_of(ranks, [](dcp::ThreadComm& world) { return Both{Held<float, Placement<Shard<0>>>{world}, Held<float, Placement<Shard<1>>>{world}}; }, [&](dcp::ThreadComm& world, Both& both) {
+        dcp::ReshardOptions options;
+        options.memory_bytes = budget;
+        dcp::reshard(world, both.from.state, both.to.state, options);
+      });
+      CHECK(peak <= allowed);
+    }
+}
+
+TEST_CASE("save, load, reshard: a budget that is too small is refused on all ranks before anything is touched") {
+  dcp::test::TemporaryDirectory directory;
+  std::string const place = directory.path() + "/ckpt";
+  dcp::run_threads(2, [&](dcp::ThreadComm& world) {
+    Held<float, Placement<Shard<0>>> held{world};
+    dcp::SaveOptions<dcp::SafeTensors> saving;
+    saving.memory_bytes = dcp::least_memory_bytes - static_cast<std::uint64_t>(world.rank());   // one rank's is enough
+    CHECK_THROWS_WITH_AS(dcp::save<dcp::SafeTensors>(world, place, held.state, saving), doctest::Contains("memory budget of 16777215 bytes"), dcp::Error);
+    if (world.rank() == 0) CHECK(!std::filesystem::exists(place));
+    saving.memory_bytes = dcp::least_memory_bytes;
+    dcp::save<dcp::SafeTensors>(world, place, held.state, saving);
+    held.memory[0][0] = 5;
+    dcp::LoadOptions<dcp::SafeTensors> loading;
+    loading.memory_bytes = dcp::least_memory_bytes - 1;
+    CHECK_THROWS_AS(dcp::load<dcp::SafeTensors>(world, place, held.state, loading), dcp::Error);
+    CHECK(held.memory[0][0] == 5);
+    dcp::ReshardOptions resharding;
+    resharding.memory_bytes = dcp::least_memory_bytes - 1;
+    Held<float, Placement<Shard<1>>> other{world};
+    CHECK_THROWS_AS(dcp::reshard(world, held.state, other.state, resharding), dcp::Error);
+  });
+}
