@@ -31,7 +31,7 @@ using Storage = dcp::BasicSafeTensors<dcp::Memory>;
 std::vector<std::pair<std::string, Extents>> const parameters{{"embed", {50, 7}}, {"up", {24, 6}}, {"norm", {6}}, {"down", {6, 24}}, {"scale", {}}};
 
 // The value of element `at` of a tensor, of a moment.
-float value_of(std::string const& name, std::int64_t at) { return static_cast<float>(name.size() * 10000 + name[0]) + static_cast<float>(at); }
+float value_of(std::string const& name, std::int64_t at) { return static_cast<float>(name.size() * 10000 + static_cast<unsigned char>(name[0])) + static_cast<float>(at); }
 
 /// Adam's moments, each in a flat buffer of its own. `FirstLast`: in which order the buffer is filled.
 template <class P>

@@ -136,14 +136,15 @@ TEST_CASE("UringQueue: whatever a ring does with writes, the file holds them") {
       {"the file system takes no such writes", [](Behaviour& b) { b.result = [](std::size_t, int) { return -EINVAL; }; }},
       {"the kernel forgets the operation", [](Behaviour& b) { b.result = [](std::size_t nth, int bytes) { return nth >= 3 ? -EOPNOTSUPP : bytes; }; }},
   };
-  for (auto const& [name, behave] : cases)
+  for (auto const& one : cases)
     for (auto const mode : {dcp::DirectIo::never, dcp::DirectIo::always})
       for (std::size_t const size : {std::size_t{1}, std::size_t{8192}, std::size_t{300'000}}) {
+        auto const& name = one.first;
         CAPTURE(name);
         CAPTURE(size);
         dcp::test::TemporaryDirectory directory;
         auto behaviour = std::make_shared<Behaviour>();
-        behave(*behaviour);
+        one.second(*behaviour);
         auto const buffer = pattern(size);
         dcp::ConstByteSpan const contents{buffer.data(), size};
         {

@@ -76,6 +76,8 @@ struct Scene {
         transfer.file = stored.file;
         held[static_cast<std::size_t>(rank)].push_back(transfer);
       }
+    for (std::int64_t rank = 0; rank < ranks; ++rank)
+      for (std::uint32_t f = 0; f < files.files.size(); ++f) append_literals(files, f, rank, ranks, held[static_cast<std::size_t>(rank)]);
     for (auto& transfers : held) random.shuffle(transfers);
   }
   SavePlan plan_of(std::int64_t rank) const { return {tensors, *shares, files, held[static_cast<std::size_t>(rank)], rank, ranks, options}; }

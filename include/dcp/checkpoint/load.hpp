@@ -144,6 +144,8 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
             return names;
           },
           [&](std::string_view name) { return policy_of(settings, name); });
+      result.reads.transfers.reserve(agreed.tensors.size());
+      result.reads.purposes.reserve(agreed.tensors.size());
       for (std::size_t t = 0; t < agreed.tensors.size(); ++t) {
         WantedTensor const& wanted = result.comparison.tensors[t];
         StateEntry const* local = agreed.local_tensors[t];

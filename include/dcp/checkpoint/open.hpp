@@ -259,10 +259,11 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
   broadcast_bytes(comm, message, 0);
   Scan scan;
   struct Headers {
-    Bytes bytes;
+    std::vector<FoundFile> files;   // alone
+    Bytes bytes;                    // for other ranks
     std::uint64_t verification_bytes = 0;
   };
-  Headers const mine = agree(comm, "load: headers", [&] {
+  Headers mine = agree(comm, "load: headers", [&] {
     ByteReader in{message};
     bool const has_record = in.number<bool>();
     auto const record_bytes = in.block(), large = in.block();
@@ -297,7 +298,8 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
         for (auto const& tensor : found.tensors) header_end = std::min(header_end, tensor.offset);
         for (std::uint64_t chunk = 1; chunk * chunk_bytes < header_end; ++chunk) check(chunk);
       }
-      out.block(encode(found));
+      if (comm.size() > 1) out.block(encode(found));
+      else headers.files.push_back(std::move(found));
       comm.progress();
     }
     // Indexes and the like, which nothing is loaded from.
@@ -319,7 +321,7 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
     return headers;
   });
   opened.verification_bytes = mine.verification_bytes;
-  std::vector<FoundFile> found;
+  std::vector<FoundFile> found = std::move(mine.files);
   for (auto const& part : all_gather_bytes(comm, mine.bytes))
     for (ByteReader in{part}; !in.done() && in.ok();) found.push_back(decode_found_file(in.block()));
   opened.catalog = agree(comm, "load: headers", [&] {

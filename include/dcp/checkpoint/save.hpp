@@ -103,7 +103,7 @@ void compare_replicas(CommRef comm, AgreedState const& state) {
 
 /// This rank's part of what is stored.
 template <class = Deferred>
-std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& shares, FilePlan const& plan, std::int64_t rank) {
+std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& shares, FilePlan const& plan, std::int64_t rank, std::int64_t ranks) {
   std::vector<Transfer> transfers;
   std::size_t headers = 0;
   for (auto const& file : plan.files) headers += file.literals.size();
@@ -115,7 +115,12 @@ std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& 
     HeldPart held;
   };
   std::vector<Here> groups(shares.groups());
+  std::uint32_t next_file = 0;
+  auto const literals_before = [&](std::uint64_t file) {
+    for (; next_file < file; ++next_file) append_literals(plan, next_file, rank, ranks, transfers);
+  };
   for (auto const& stored : plan.stored) {
+    literals_before(stored.file + std::uint64_t{1});
     TensorSpec const& tensor = state.tensors[stored.tensor];
     StateEntry const* entry = state.local_tensors[stored.tensor];
     if (entry == nullptr) continue;
@@ -153,6 +158,7 @@ std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& 
       transfer->end = range.end * bits / 8;
     }
   }
+  literals_before(plan.files.size());
   return transfers;
 }
 
@@ -228,7 +234,7 @@ struct PlannedState {
   /// The writes of `rank`. Keeps references to `state` and to this.
   template <class = Deferred>
   SavePlan writes(AgreedState const& state, std::int64_t rank, std::int64_t ranks, SavePlan::Options const& options) const {
-    return {state.tensors, shares, files, transfers_to_save(state, shares, files, rank), rank, ranks, options};
+    return {state.tensors, shares, files, transfers_to_save(state, shares, files, rank, ranks), rank, ranks, options};
   }
 };
 

@@ -133,12 +133,12 @@ class IndexReader : public JsonReader<IndexReader> {
     if (place_ == Place::map) {
       if (scalar.kind != JsonKind::string) return wrong(kind);
       try {
-        check_file_name(*scalar.text, options_.allow_subdirectories);
+        if (checked_.empty() || *scalar.text != checked_) check_file_name(*scalar.text, options_.allow_subdirectories);
       } catch (Error const& error) {
         Error located{error.code(), error.message() + ", for tensor " + shown(index.weight_map.back().first)};
         return fault(located.with_hint(error.hint()));
       }
-      index.weight_map.back().second = *scalar.text;
+      index.weight_map.back().second = checked_ = *scalar.text;
     } else if (place_ == Place::metadata) {
       if (metadata_keys.back() != "total_size") {
         if (scalar.kind == JsonKind::string) index.metadata.emplace_back(metadata_keys.back(), *scalar.text);
@@ -171,6 +171,7 @@ class IndexReader : public JsonReader<IndexReader> {
   }
 
   IndexOptions options_;
+  std::string checked_;   // the last file name: tensors of one file follow each other
   Place place_ = Place::document;
   Value value_ = Value::other;
   bool has_metadata_ = false;
@@ -246,10 +247,17 @@ std::string write_index(Index index, IndexOptions const& options = {}) {
   char const* separator = "\n";
   for (auto const& [key, value] : lines) text += std::exchange(separator, ",\n") + ("    " + detail::python_quoted(key)) + ": " + value;
   text += lines.empty() ? "},\n  \"weight_map\": {" : "\n  },\n  \"weight_map\": {";
-  separator = "\n";
+  separator = "\n    ";
+  std::string const* known = nullptr;   // tensors of one file follow each other
+  std::string quoted_file;
   for (auto const& [tensor, file] : index.weight_map) {
-    check_file_name(file, options.allow_subdirectories);
-    text += std::exchange(separator, ",\n") + ("    " + detail::python_quoted(tensor)) + ": " + detail::python_quoted(file);
+    if (known == nullptr || *known != file) {
+      check_file_name(file, options.allow_subdirectories);
+      quoted_file = ": " + detail::python_quoted(file);
+      known = &file;
+    }
+    (text += std::exchange(separator, ",\n    ")) += detail::python_quoted(tensor);
+    text += quoted_file;
   }
   return text += "\n  }\n}\n";
 }

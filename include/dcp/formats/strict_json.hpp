@@ -348,6 +348,7 @@ void read_json(ConstByteSpan bytes, std::string_view what, std::uint64_t first_b
 template <class = Deferred>
 std::string python_quoted(std::string_view text) {
   if (first_invalid_utf8(text) != std::string_view::npos) throw Error{ErrorCode::bad_utf8, "a name that is not UTF-8 cannot be written as JSON"};
+  if (std::all_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) < 0x7F; })) return json_quoted(text);
   std::string out{'"'};
   auto const escaped = [&](std::uint32_t unit) {
     std::array<char, 16> digits{};

@@ -64,6 +64,24 @@ struct FilePlan {
 /// The rank that writes the literals of a file which ranks share, by the file's number; others need not have them.
 constexpr std::int64_t header_writer(std::uint32_t file, std::int64_t ranks) { return static_cast<std::int64_t>(file) % ranks; }
 
+/// Appends the writes of file `f`'s literals, if `rank` is the one to write them.
+template <class = Deferred>
+void append_literals(FilePlan const& plan, std::uint32_t f, std::int64_t rank, std::int64_t ranks, std::vector<Transfer>& transfers) {
+  PlannedFile const& file = plan.files[f];
+  if ((file.only_rank >= 0 ? file.only_rank : header_writer(f, ranks)) != rank) return;
+  for (auto const& literal : file.literals) {
+    if (literal.bytes.empty()) continue;
+    Transfer& transfer = transfers.emplace_back();
+    transfer.file = f;
+    transfer.dtype = transfer.memory_dtype = DType::u8;
+    transfer.offset = literal.offset;
+    transfer.shape = Extents{static_cast<std::int64_t>(literal.bytes.size())};
+    transfer.file_strides = transfer.memory.strides = Extents{1};
+    transfer.memory.data = const_cast<std::byte*>(literal.bytes.data());   // only ever read
+    transfer.end = static_cast<std::int64_t>(literal.bytes.size());
+  }
+}
+
 /// For jobs of more ranks than may open one file: who owns which part of the files that ranks share.
 ///
 /// Law       the slots of a file are disjoint, cover it, begin and end on blocks (or the file's end), and at most `writers_per_file`
@@ -163,26 +181,10 @@ class SavePlan {
     std::vector<FileRange> gathered;   // all other blocks that this rank owns
   };
 
-  /// `transfers`: what `rank` holds of the stored boxes (its shares), in any order.
+  /// `transfers`: what `rank` holds of the stored boxes (its shares) and of literals, in any order; fastest in that of the files.
   template <class = Deferred>
   SavePlan(std::vector<TensorSpec> const& tensors, Shares const& shares, FilePlan const& files, std::vector<Transfer> transfers, std::int64_t rank, std::int64_t ranks, Options options)
       : tensors_{tensors}, shares_{shares}, files_{files}, rank_{rank}, ranks_{ranks}, options_{options} {
-    for (std::uint32_t f = 0; f < files.files.size(); ++f) {
-      PlannedFile const& file = files.files[f];
-      if (header_writer(f) != rank) continue;
-      for (auto const& literal : file.literals) {
-        if (literal.bytes.empty()) continue;
-        Transfer transfer;
-        transfer.file = f;
-        transfer.dtype = transfer.memory_dtype = DType::u8;
-        transfer.offset = literal.offset;
-        transfer.shape = Extents{static_cast<std::int64_t>(literal.bytes.size())};
-        transfer.file_strides = transfer.memory.strides = Extents{1};
-        transfer.memory.data = const_cast<std::byte*>(literal.bytes.data());   // only ever read
-        transfer.end = static_cast<std::int64_t>(literal.bytes.size());
-        transfers.push_back(transfer);
-      }
-    }
     index_ = TransferIndex{std::move(transfers)};
     if (ranks > options.writers_per_file) slots_ = {files.files, ranks, options.writers_per_file, options.block_bytes, options.forwarded_bytes};
     if (!slots_.empty()) return;

@@ -225,6 +225,15 @@ Schema local_schema(StateDict const& state, bool with_values) {
   return schema;
 }
 
+/// A plain tensor that every kind of rank lists is replicated over all ranks; otherwise its first rank stands for it.
+template <class = Deferred>
+void bind_to_ranks(SchemaEntry& entry, bool on_all, std::int64_t ranks, Problems& problems) {
+  Layout& layout = entry.layout;
+  if (layout.everywhere) layout = on_all ? replicated_layout(layout.shape, ranks) : single_rank_layout(layout.shape, entry.first_rank, ranks);
+  else if (layout.mesh.world != ranks)
+    problems.add(ErrorCode::invalid_argument, entry.name + ": its mesh was made for a communicator of " + std::to_string(layout.mesh.world) + " ranks, and this one has " + std::to_string(ranks));
+}
+
 /// The schemas of all distinct kinds of rank as one. `parts[i]` comes from rank `first_rank[i]`, the lowest of its kind.
 ///
 /// Throws    Error(ranks_disagree) listing every entry that two kinds describe differently, with a rank of each;
@@ -232,6 +241,19 @@ Schema local_schema(StateDict const& state, bool with_values) {
 template <class = Deferred>
 Schema merge_schemas(std::vector<Schema> parts, std::vector<std::int64_t> const& first_rank, std::int64_t ranks) {
   Schema all;
+  if (parts.size() == 1) {
+    // One kind of rank: nothing to compare, and entries stay where they are.
+    all = std::move(parts[0]);
+    detail::sort(all.ties);
+    all.ties.erase(std::unique(all.ties.begin(), all.ties.end()), all.ties.end());
+    Problems wrong;
+    for (auto& entry : all.entries) {
+      entry.first_rank = first_rank[0];
+      if (entry.is_tensor) bind_to_ranks(entry, true, ranks, wrong);
+    }
+    wrong.raise();
+    return all;
+  }
   std::vector<SchemaEntry*> entries;   // entries are large: pointers are sorted
   for (std::size_t p = 0; p < parts.size(); ++p) {
     for (auto& entry : parts[p].entries) {
@@ -263,11 +285,7 @@ Schema merge_schemas(std::vector<Schema> parts, std::vector<std::int64_t> const&
         problems.add(ErrorCode::ranks_disagree, entry.name + ": tensors on different meshes or placements have the same name" + both(entry, other) + "; give each its own name");
     }
     if (entry.is_tensor) {
-      Layout& layout = entry.layout;
-      // A plain tensor that every kind of rank lists is replicated over all of them; otherwise its first rank stands for it.
-      if (layout.everywhere) layout = same - i == parts.size() ? replicated_layout(layout.shape, ranks) : single_rank_layout(layout.shape, entry.first_rank, ranks);
-      else if (layout.mesh.world != ranks)
-        problems.add(ErrorCode::invalid_argument, entry.name + ": its mesh was made for a communicator of " + std::to_string(layout.mesh.world) + " ranks, and this one has " + std::to_string(ranks));
+      bind_to_ranks(entry, same - i == parts.size(), ranks, problems);
     } else if (entry.per_rank && same - i != parts.size()) {
       problems.add(ErrorCode::ranks_disagree, entry.name + ": a per-rank value must be listed by every rank, and rank " + std::to_string(entry.first_rank) + " lists it while others do not");
     }

@@ -281,13 +281,14 @@ class SafeTensorsDriver final : public AnyStorage {
       return static_cast<std::uint32_t>(targets.directories.size() - 1);
     };
     Problems problems;
+    std::vector<std::string> mixed;
     for (auto const& tensor : request.tensors) {
       RecordGroup const* group = group_of(tensor.name);
       Target target{stripped(tensor.name, group), directory_of(group), 1};
       Directory& directory = targets.directories[target.directory];
       RecordGroup const* other = directory.group;
       if ((other != group && ((group != nullptr && group->strip) || (other != nullptr && other->strip))) || (group != nullptr && group->strip && tensor.name == group->prefix))
-        problems.add(ErrorCode::invalid_argument, tensor.name + ": directory ./" + directory.path + " holds names without their prefix, so names of other groups cannot stand there");
+        mixed.push_back(tensor.name + ": directory ./" + directory.path + " holds names without their prefix, so names of other groups cannot stand there");
       std::uint64_t bytes = 0;
       try {
         bytes = safetensors::tensor_bytes(tensor.dtype, tensor.layout.shape);
@@ -309,13 +310,13 @@ class SafeTensorsDriver final : public AnyStorage {
       }
       targets.of.push_back(target);
     }
-    // Names that differ can only be stored alike where a prefix is taken off, which `problems` knows of.
-    if (!problems.empty()) {
+    if (!mixed.empty()) {   // the one way in which names that differ can become the same
       std::map<std::pair<std::uint32_t, std::string_view>, std::size_t> stored;
       for (std::size_t t = 0; t < targets.of.size(); ++t)
         if (auto const [at, fresh] = stored.try_emplace({targets.of[t].directory, targets.of[t].stored_name}, t); !fresh)
           problems.add(ErrorCode::duplicate_entry, request.tensors[t].name + " and " + request.tensors[at->second].name + " would both be " + std::string{targets.of[t].stored_name} + " in directory ./" +
                                                        targets.directories[targets.of[t].directory].path);
+      for (auto& sentence : mixed) problems.add(ErrorCode::invalid_argument, std::move(sentence));
     }
     problems.raise();
     return targets;
@@ -362,7 +363,8 @@ class SafeTensorsDriver final : public AnyStorage {
       for (; end < order.size() && same_file(order[begin], order[end]); ++end) {
         TensorSpec const& tensor = request.tensors[order[end]];
         std::uint64_t const bytes = safetensors::tensor_bytes(tensor.dtype, tensor.layout.shape);
-        infos.push_back({std::string{targets.of[order[end]].stored_name}, tensor.dtype, tensor.layout.shape, cursor, cursor + bytes});
+        std::string stored_name(targets.of[order[end]].stored_name);
+        infos.push_back({std::move(stored_name), tensor.dtype, tensor.layout.shape, cursor, cursor + bytes});
         cursor += bytes;
       }
       std::string const file_name = hf::model_file_name(target.file, directory.files);
