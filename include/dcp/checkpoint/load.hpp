@@ -19,10 +19,12 @@
 #include <dcp/checkpoint/read.hpp>
 #include <dcp/checkpoint/report.hpp>
 #include <dcp/checkpoint/save.hpp>
+#include <dcp/checkpoint/share_reads.hpp>
 #include <dcp/comm/agree.hpp>
 #include <dcp/plan/compare.hpp>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -51,6 +53,7 @@ std::string options_text(LoadSettings const& settings) {
   };
   constexpr std::array verify{"none", "standard", "full"};
   std::string text = policy({"", settings.on_missing, settings.on_unexpected, settings.on_shape, settings.on_dtype}) + " verify=" + verify[static_cast<std::size_t>(settings.verify)];
+  if (settings.read_once) text += " read_once";
   for (auto const& p : settings.for_prefix) text += " [" + p.prefix + ": " + policy(p) + ']';
   return text;
 }
@@ -129,6 +132,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
     watch.enter("plan");
     struct Plan {
       Comparison comparison;
+      std::optional<Shares> shares;   // who reads what of replicas, where they share
       ReadPlan reads;
     };
     Plan plan = agree(comm, "load: plan", [&] {
@@ -144,15 +148,16 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
             return names;
           },
           [&](std::string_view name) { return policy_of(settings, name); });
+      if (settings.read_once) result.shares.emplace(agreed.tensors, comm.size());
       result.reads.transfers.reserve(agreed.tensors.size());
       result.reads.purposes.reserve(agreed.tensors.size());
       for (std::size_t t = 0; t < agreed.tensors.size(); ++t) {
         WantedTensor const& wanted = result.comparison.tensors[t];
         StateEntry const* local = agreed.local_tensors[t];
         if (wanted.how != WantedTensor::How::load || local == nullptr) continue;
-        for_each_held_box(held_part(local->tensor->layout, comm.rank()), local->tensor->dtype, local->tensor->memory, [&](Box const& held, MemoryView const& memory) {
-          plan_reads(*wanted.stored, local->tensor->dtype, held, memory, !wanted.shared, settings.verify == Verify::full, result.reads);
-        });
+        auto const add = [&](Box const& held, MemoryView const& memory) { plan_reads(*wanted.stored, local->tensor->dtype, held, memory, !wanted.shared, settings.verify == Verify::full, result.reads); };
+        if (result.shares && replicas(agreed.tensors[t].layout) > 1) for_each_shared_box(agreed.tensors[t], t, *result.shares, comm.rank(), local->tensor->memory, add);
+        else for_each_held_box(held_part(local->tensor->layout, comm.rank()), local->tensor->dtype, local->tensor->memory, add);
       }
       return result;
     });
@@ -186,6 +191,10 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
     watch.enter("verify");
     reader.verify_together();
     seen.complete = true;
+    if (plan.shares) {
+      watch.enter("share");
+      share_reads(comm, agreed, plan.comparison, *plan.shares, settings.memory_bytes, watch);
+    }
 
     watch.enter("finish");
     agree(comm, "load: values", [&] {

@@ -77,6 +77,7 @@ struct LoadOptions {
   OnDType on_dtype = OnDType::error;
   std::vector<PrefixPolicy> for_prefix = {};
   Verify verify = Verify::standard;
+  bool read_once = false;   // what several ranks hold is read once and sent on: where ranks are nearer to each other than to the storage
   std::uint64_t memory_bytes = default_memory_bytes;
   int threads = 2;
   ProgressCallback progress = {};
@@ -94,7 +95,7 @@ SaveSettings settings_of(SaveOptions<S> const& o) {
 }
 template <class S>
 LoadSettings settings_of(LoadOptions<S> const& o) {
-  return {o.on_missing, o.on_unexpected, o.on_shape, o.on_dtype, o.for_prefix, o.verify, o.memory_bytes, o.threads, o.progress, {}};
+  return {o.on_missing, o.on_unexpected, o.on_shape, o.on_dtype, o.for_prefix, o.verify, o.read_once, o.memory_bytes, o.threads, o.progress, {}};
 }
 template <class = Deferred>
 void check_resources(std::uint64_t memory_bytes, int threads) {
