@@ -236,9 +236,15 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
     report.kept = std::move(plan.comparison.kept);
     report.duplicates = catalog.duplicates;
     report.warnings = catalog.warnings;
-    report.verified_bytes = all_reduce_sum(comm, reader.verified_bytes);
-    report.unverified_bytes = all_reduce_sum(comm, reader.unverified_bytes);
-    report.verification_bytes = all_reduce_sum(comm, reader.verification_bytes + opened.verification_bytes);
+    struct Counts {
+      std::uint64_t verified, unverified, verification, over_read;
+    };
+    for (auto const& rank : all_gather_value(comm, Counts{reader.verified_bytes, reader.unverified_bytes, reader.verification_bytes + opened.verification_bytes, reader.over_read_bytes})) {
+      report.verified_bytes += rank.verified;
+      report.unverified_bytes += rank.unverified;
+      report.verification_bytes += rank.verification;
+      report.over_read_bytes += rank.over_read;
+    }
     watch.collect(comm, report);
     return report;
   });

@@ -65,6 +65,7 @@ struct Report {
   std::uint64_t verified_bytes = 0;      // that were read and whose checksums were compared
   std::uint64_t unverified_bytes = 0;    // that were read and could not be
   std::uint64_t verification_bytes = 0;  // read for no other purpose than that
+  std::uint64_t over_read_bytes = 0;     // read because they lie between bytes that were wanted
   bool foreign = false;                  // written by somebody else: nothing to verify against
   std::string options;                   // in effect
 
@@ -98,6 +99,7 @@ struct Report {
       if (report.foreign) out << "\n  unverified: the checkpoint has no commit record";
       else out << "\n  verified  " << human_bytes(report.verified_bytes) << (report.unverified_bytes > 0 ? ", unverified " + human_bytes(report.unverified_bytes) : "")
                << (report.verification_bytes > 0 ? ", read only for that " + human_bytes(report.verification_bytes) : "");
+      if (report.over_read_bytes > 0) out << "\n  over-read " << human_bytes(report.over_read_bytes) << ", between what was wanted";
     }
     return out;
   }
