@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import platform
+import select
 import shutil
 import statistics
 import subprocess
@@ -22,16 +23,20 @@ class Side:
         for pipe in [*self.pipes, folder / f"{name}.reply"]:
             os.mkfifo(pipe)
         self.process = launch(folder)
-        self.commands = [open(pipe, "w") for pipe in self.pipes]
-        self.answers = open(folder / f"{name}.reply")
+        # Read and write: neither open waits for the other end, nor for ever where a program did not start.
+        self.commands = [os.fdopen(os.open(pipe, os.O_RDWR), "w") for pipe in self.pipes]
+        self.answers = os.open(folder / f"{name}.reply", os.O_RDWR)
 
     def do(self, verb, **words):
         line = " ".join([verb, *(f"{k}={v}" for k, v in words.items())])
         for pipe in self.commands:
             print(line, file=pipe, flush=True)
-        answer = self.answers.readline()
-        if not answer:
-            sys.exit(f"{self.name}: ended during: {line}")
+        answer = b""
+        while not answer.endswith(b"\n"):
+            if select.select([self.answers], [], [], 1)[0]:
+                answer += os.read(self.answers, 65536)
+            elif any(process.poll() is not None for process in self.process):
+                sys.exit(f"{self.name}: ended during: {line}")
         answer = json.loads(answer)
         if answer["failed"]:
             sys.exit(f"{self.name}: failed: {line}")
@@ -53,6 +58,14 @@ def forget(place):
             os.fsync(descriptor)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
+
+
+def write_many(path, count):
+    """A file of many small tensors: what is timed is its header."""
+    import torch
+    from safetensors.torch import save_file
+    memory = torch.zeros(count, 4)
+    save_file({f"model.layers.{i // 9}.self_attn.proj_{i % 9}.weight": memory[i].clone() for i in range(count)}, path)
 
 
 class Bench:
@@ -125,11 +138,15 @@ class Bench:
                 contestants = {"dcp": ours, "hf writer, consolidated": ("theirs", "save", {"with": "hf", "place": place("hf"), "files": 4}, None)}
                 targets = [("dcp", "hf writer, consolidated", 3.5)]
                 if dim == 0:
+                    if self.arguments.uring:
+                        contestants["dcp, io_uring"] = ("ours", "save", {"place": place("ours"), "files": 4, "engine": "uring"}, None)
                     contestants["dcp, no checksums"] = ("ours", "save", {"place": place("ours"), "files": 4, "checksums": 0}, None)
                     contestants["FileSystemWriter"] = ("theirs", "save", {"with": "files", "place": place("files")}, None)
                     (self.work / "raw").mkdir(exist_ok=True)
                     contestants["O_DIRECT, 1 in flight"] = ("ours", "raw", {"place": place("raw"), "direct": 1}, None)
                     targets += [("dcp", "FileSystemWriter", 1.4), ("dcp", "O_DIRECT, 1 in flight", 0.95), ("dcp", "dcp, no checksums", 0.98)]
+                    if self.arguments.uring:
+                        targets += [("dcp, io_uring", "FileSystemWriter", 1.8)]
                 self.measure(f"durable save, Shard({dim})", "-", contestants, targets)
                 extra = self.sides["ours"].do("save", place=place("ours"), files=4, memory=64 << 20)["extra_kib"]
                 self.bounded(f"durable save, Shard({dim})", "most memory beside the state, 64 MiB allowed", extra / 1024, "MiB", 64 + 16)
@@ -158,7 +175,10 @@ class Bench:
                             targets = [("dcp, verified", "FileSystemReader", 1.5), ("dcp, unverified", "FileSystemReader", 1.9), ("dcp, verified", "HuggingFaceStorageReader", 0.55), ("dcp, unverified", "HuggingFaceStorageReader", 0.8)]
                         self.measure(("load, same layout", "load, Shard(0) to Shard(1)")[dim], cache, contestants, targets)
                     limit = 64 << 20
-                    extra = self.sides["ours"].do("load", place=place("ours"), memory=limit)["extra_kib"]
+                    answer = self.sides["ours"].do("load", place=place("ours"), memory=limit)
+                    extra = answer["extra_kib"]
+                    if dim == 1:   # runs of 4 KiB
+                        self.bounded("load, Shard(0) to Shard(1)", "bytes read, in bytes needed", answer["read_times"], "x", 1.5)
                     self.bounded(("load, same layout", "load, Shard(0) to Shard(1)")[dim], "most memory beside the state, 64 MiB allowed", extra / 1024, "MiB", 64 + 16)
                     self.sides["ours"].do("clear")
                     self.sides["ours"].do("load", place=place("ours"))
@@ -174,16 +194,32 @@ class Bench:
                     "safetensors + fsync" if verb == "save" else "safetensors": ("theirs", verb, {"place": place("small-st"), "with": "safetensors"}, None),
                 }, [("dcp", "FileSystemWriter" if verb == "save" else "FileSystemReader", 50), ("dcp", "safetensors + fsync" if verb == "save" else "safetensors", 4)])
             self.both("check")
+        if wanted("open"):
+            self.start(1)
+            path = place("many.safetensors")
+            write_many(path, 100_000)
+            self.measure("open a file of 100,000 tensors", "warm", {"dcp": ("ours", "open", {"place": path}, None), "safe_open": ("theirs", "open", {"place": path}, None)}, [("dcp", "safe_open", 5)])
         self.stop()
+        if wanted("plan"):
+            for schema, what, most in (("405b", "405B parameters on 8,960 ranks", 2), ("experts", "64 sets of names on 8,960 ranks", 10)):
+                self.bounded(what, "median time to plan of a rank", self.plan_milliseconds(schema), "ms", most)
+
+    def plan_milliseconds(self, schema):
+        """The planner of examples/simulate.cpp, on ranks over the whole job."""
+        lines = subprocess.run([self.arguments.simulate, "--schema", schema, "--ranks", "8960", "--planned", "40"], check=True, capture_output=True, text=True).stdout.splitlines()
+        begin = next(i for i, line in enumerate(lines) if line.split()[:1] == ["rank"])
+        return statistics.median(float(line.split()[2]) for line in lines[begin + 1:] if line.strip())
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--program", required=True)
+    parser.add_argument("--simulate", help="the program of examples/simulate.cpp, for the rows of planning")
+    parser.add_argument("--uring", action="store_true", help="the program was built with liburing")
     parser.add_argument("--mpirun", default="mpirun")
     parser.add_argument("--work", required=True)
     parser.add_argument("--repeats", type=int, default=8, help="the first is dropped")
-    parser.add_argument("--only", default="", help="of: save,load,small")
+    parser.add_argument("--only", default="", help="of: save,load,small,open,plan")
     parser.add_argument("--quick", action="store_true", help="the main rows only")
     parser.add_argument("--json")
     parser.add_argument("--svg")

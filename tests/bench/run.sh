@@ -4,7 +4,7 @@
 #
 #   tests/bench/run.sh            every row, 8 turns each, the first of which is dropped: about ten minutes
 #   tests/bench/run.sh --quick    three turns: a minute's look
-#   tests/bench/run.sh --only save,load,small
+#   tests/bench/run.sh --only save,load,small,open,plan
 #
 # Installs what is missing, builds with -O2, prints one table and writes it to build/bench/results.json and build/bench/results.svg.
 # Rows are medians with the smallest and largest turn in brackets. Environment: DCP_BENCH_DIR (build/bench/work: where checkpoints are
@@ -32,5 +32,6 @@ cmake --build build/bench >>build/bench.log 2>&1 || { cat build/bench.log; exit 
 
 mpirun=(mpirun)
 if [ "$(id -u)" -eq 0 ]; then mpirun+=(--allow-run-as-root); fi
-exec "$dcp_python" tests/bench/bench.py --program build/bench/bench_ranks --mpirun "${mpirun[*]} --oversubscribe" --work "${DCP_BENCH_DIR:-build/bench/work}" \
+if dcp_has liburing-dev; then options+=(--uring); fi
+exec "$dcp_python" tests/bench/bench.py --program build/bench/bench_ranks --simulate build/bench/bench_simulate --mpirun "${mpirun[*]} --oversubscribe" --work "${DCP_BENCH_DIR:-build/bench/work}" \
   --json build/bench/results.json --svg build/bench/results.svg "${options[@]}"

@@ -392,7 +392,7 @@ TEST_CASE("law: slots cover the shared files, few ranks open a file, and ranks o
     std::uint64_t const block = random.any_of(std::array<std::uint64_t, 4>{1, 64, 4096, 3000}), least = random.any_of(std::array<std::uint64_t, 3>{1, 100'000, 8 << 20});
     std::vector<std::uint64_t> sizes;
     for (auto count = random.between(1, random.one_in(2) ? 5 : 200); count > 0; --count)
-      sizes.push_back(static_cast<std::uint64_t>(random.one_in(8) ? 0 : random.one_in(20) ? std::int64_t{1} << random.between(0, 58) : random.between(1, 100'000'000)));
+      sizes.push_back(static_cast<std::uint64_t>(random.one_in(8) ? 0 : random.one_in(20) ? std::int64_t{1} << random.between(0, 50) : random.between(1, 100'000'000)));
     auto files = files_of(sizes);
     for (auto& file : files)
       if (random.one_in(10)) file.only_rank = random.between(0, ranks - 1);

@@ -40,7 +40,8 @@ void write_json(std::string const& file, nlohmann::json const& json) {
   if (!out.flush()) throw std::runtime_error{"cannot write " + file};
 }
 
-// A placement for the `index`-th tensor: on a line of ranks or on a grid of two rows, replicated, split by any of its dimensions, or by two.
+// A placement for the `index`-th tensor: on a line of ranks or on a grid of two rows, replicated, split by any of its dimensions, or by two;
+// or split as a flat buffer, in runs that begin and end inside rows.
 dcp::Layout some_layout(WholeTensor const& tensor, std::size_t index, int ranks) {
   dcp::Layout layout;
   do {
@@ -52,6 +53,7 @@ dcp::Layout some_layout(WholeTensor const& tensor, std::size_t index, int ranks)
     int const dims = tensor.shape.rank();
     for (std::size_t a = 0; a < static_cast<std::size_t>(layout.mesh.axes); ++a)
       if (auto const choice = static_cast<int>(index / 2 + 2 * a) % (dims + 1); choice < dims) layout.rules[a] = {dcp::RuleKind::shard, choice, -1};
+    if (!grid && index % 5 == 3 && dcp::bits_of(tensor.dtype) >= 8) layout.rules[0] = dcp::FlatShard::rule;
     ++index;
   } while (!dcp::test::cuts_whole_bytes(layout, tensor.dtype));
   return layout;

@@ -71,10 +71,17 @@ class HeldTensors {
       auto const box = layout.everywhere ? std::optional{Box::whole(tensor.shape)} : box_of_rank(layout, rank);
       if (!box) continue;
       Bytes part = cut_out(tensor.bytes, tensor.dtype, tensor.shape, *box);
+      Extents strides = row_major_strides(box->shape);
+      if (flat_axis(layout) >= 0) {
+        HeldPart const held = held_by(layout, rank).value();
+        auto const begin = static_cast<std::ptrdiff_t>(bytes_of(tensor.dtype, held.begin)), end = static_cast<std::ptrdiff_t>(bytes_of(tensor.dtype, held.end));
+        part = Bytes(part.begin() + begin, part.begin() + end);
+        strides = Extents{1};
+      }
       auto& memory = memory_.emplace_back(filled ? part : Bytes(part.size(), std::byte{0xEE}));
       wanted_.push_back(std::move(part));
       memory.reserve(1);   // a part without bytes has an address too
-      state.add_tensor(tensor.name, tensor.dtype, layout, {memory.data(), row_major_strides(box->shape)});
+      state.add_tensor(tensor.name, tensor.dtype, layout, {memory.data(), strides});
     }
   }
   bool complete() const { return std::equal(memory_.begin(), memory_.end(), wanted_.begin(), wanted_.end()); }

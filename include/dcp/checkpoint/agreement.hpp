@@ -92,9 +92,9 @@ template <class = Deferred>
 }
 
 /// What distinct kinds of rank mean together, and where the entries of this rank are. `parts[i]` comes from rank `first_rank[i]`; `ties`
-/// are sorted. Pure, and but for the pointers equal on all ranks, as are its errors.
+/// are sorted, `sorted` is of sorted_entries(state). Pure, and but for the pointers equal on all ranks, as are its errors.
 template <class = Deferred>
-AgreedState merge_states(std::vector<Schema> parts, std::vector<std::int64_t> const& first_rank, std::vector<Tie> ties, StateDict const& state, std::int64_t ranks) {
+AgreedState merge_states(std::vector<Schema> parts, std::vector<std::int64_t> const& first_rank, std::vector<Tie> ties, StateDict const& state, std::vector<std::size_t> const& sorted, std::int64_t ranks) {
   Schema schema = merge_schemas(std::move(parts), first_rank, ranks);
   auto const is_tied = [&](std::string const& name) {
     auto const at = std::lower_bound(ties.begin(), ties.end(), name, [](Tie const& tie, std::string const& dropped) { return tie.dropped < dropped; });
@@ -110,12 +110,11 @@ AgreedState merge_states(std::vector<Schema> parts, std::vector<std::int64_t> co
   AgreedState agreed;
   agreed.tensors.reserve(schema.entries.size());
   agreed.local_tensors.reserve(schema.entries.size());
-  auto const mine = sorted_entries(state);
-  auto next = mine.begin();   // names of both are sorted
+  auto next = sorted.begin();   // names of both are sorted
   for (auto& entry : schema.entries) {
     if (is_tied(entry.name)) continue;
-    while (next != mine.end() && state.entries()[*next].name < entry.name) ++next;
-    StateEntry const* here = next != mine.end() && state.entries()[*next].name == entry.name ? &state.entries()[*next] : nullptr;
+    while (next != sorted.end() && state.entries()[*next].name < entry.name) ++next;
+    StateEntry const* here = next != sorted.end() && state.entries()[*next].name == entry.name ? &state.entries()[*next] : nullptr;
     if (entry.is_tensor) {
       agreed.tensors.push_back({std::move(entry.name), entry.dtype, std::move(entry.layout)});
       agreed.local_tensors.push_back(here);
@@ -157,10 +156,15 @@ void check_own_part(AgreedState const& agreed, std::int64_t rank, bool saving) {
 template <class = Deferred>
 AgreedState agree_state(CommRef comm, std::string_view phase, StateDict const& state, std::string_view options, bool saving) {
   struct Local {
+    std::vector<std::size_t> sorted;
     Schema schema;
     std::vector<Tie> ties;
   };
-  Local local = agree(comm, phase, [&] { return Local{local_schema(state, saving), find_ties(state, comm.rank())}; });
+  Local local = agree(comm, phase, [&] {
+    auto sorted = sorted_entries(state);
+    Schema schema = local_schema(state, saving, sorted);
+    return Local{std::move(sorted), std::move(schema), find_ties(state, comm.rank())};
+  });
   struct Digests {
     std::uint64_t schema, values, options;
   };
@@ -205,7 +209,7 @@ AgreedState agree_state(CommRef comm, std::string_view phase, StateDict const& s
       broadcast_bytes(comm, bytes, static_cast<int>(first_rank[k]));
       parts.push_back(decode_schema(bytes));
     }
-    AgreedState agreed = merge_states(std::move(parts), first_rank, std::move(ties), state, comm.size());
+    AgreedState agreed = merge_states(std::move(parts), first_rank, std::move(ties), state, local.sorted, comm.size());
     agree(comm, phase, [&] { check_own_part(agreed, comm.rank(), saving); });
     return agreed;
   } catch (Error& error) {

@@ -7,6 +7,7 @@
 //   3. plan        every difference between state and checkpoint, in one error; the ranges that this rank needs
 //   4. read        only those, by large reads, straight or over a staging buffer into the tensors
 //   5. verify      chunks against their checksums, together where no rank read all of one
+//                  on request, what replicas read once between them is sent to the others
 //   6. finish      values, then after_load() in name order
 //
 // Up to the end of 3 nothing is touched. After an error in 4 or 5 the tensors of the state are unspecified on all ranks, and no
@@ -255,7 +256,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
 /// Fills `state` from the checkpoint at `place`. Collective: every rank of `comm` calls it with the same place, names and options.
 ///
 /// In place  tensors and values are written where they are; nothing is replaced or resized but strings, vectors and JSON
-/// Any mesh  each rank reads what its own placement needs, whatever mesh wrote the checkpoint
+/// Any mesh  each rank reads what its own placement needs, whatever mesh wrote the checkpoint; with read_once, replicas share the reading
 /// Strict    missing, unexpected and mismatched entries are one Error that lists them all, before any memory is touched; LoadOptions
 ///           has a policy for each, and the report says what it did
 /// Throws    the same Error on all ranks if any rank failed

@@ -119,7 +119,8 @@ Scan decode_scan(ByteReader in) {
 struct Located {
   std::string directory;
   Bytes record_bytes;                   // as they are in the file; none for a foreign checkpoint
-  std::optional<CommitRecord> record;   // without values
+  std::optional<CommitRecord> record;
+  bool has_values = false;              // whether the values are in `record`, too
   std::vector<std::string> warnings;
 };
 template <class = Deferred>
@@ -148,7 +149,9 @@ Located locate_checkpoint(AnyMedium& medium, std::string place) {
   std::string const path = located.directory + '/' + std::string{record_name};
   try {
     located.record_bytes = read_file(medium, path, most_record_bytes);
-    located.record = parse_record(located.record_bytes, {}, false);
+    // Of most records nothing more is needed to read the values as well.
+    located.has_values = as_text(located.record_bytes).find(values_name) == std::string_view::npos;
+    located.record = parse_record(located.record_bytes, {}, located.has_values);
   } catch (Error& error) {
     if (error.code() != ErrorCode::missing_file && error.code() != ErrorCode::not_found) throw error.with_path(path);
   }
@@ -232,6 +235,7 @@ void require_size(ReadableFile const& file, std::string const& path, std::uint64
 template <class = Deferred>
 OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMedium& medium, std::string const& place, Verify verify, Sighting& seen) {
   OpenedCheckpoint opened;
+  std::optional<CommitRecord> parsed;   // on rank 0, mostly
   Bytes message = agree(comm, "load: open", [&] {
     ByteWriter out;
     if (comm.rank() != 0) return out.take();
@@ -253,7 +257,8 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
     Scan scan = storage.scan(medium, located.directory, located.record ? &*located.record : nullptr);
     append(located.warnings, scan.warnings);
     scan.warnings = std::move(located.warnings);
-    out.number(located.record.has_value()).block(located.record_bytes).block(large).block(encode(scan));
+    if (located.has_values) parsed = std::move(located.record);
+    out.number(located.record_bytes.size() > 0).block(located.record_bytes).block(large).block(encode(scan));
     return out.take();
   });
   broadcast_bytes(comm, message, 0);
@@ -271,7 +276,8 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
     opened.directory = scan.directory;
     opened.record_bytes.assign(record_bytes.begin(), record_bytes.end());
     try {
-      if (has_record) opened.record = parse_record(record_bytes, large);
+      if (parsed) opened.record = std::move(parsed);
+      else if (has_record) opened.record = parse_record(record_bytes, large);
     } catch (Error& error) {
       throw error.with_path(opened.directory + '/' + std::string{record_name});
     }

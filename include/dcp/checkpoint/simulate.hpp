@@ -178,14 +178,15 @@ Simulation simulate(AnyStorage const& storage, SimulatedJob const& job, SaveSett
     plan.rank = r;
 
     auto begin = clock::now();
-    Schema mine = local_schema(state, true);
+    auto const sorted = sorted_entries(state);
+    Schema mine = local_schema(state, true, sorted);
     static_cast<void>(find_ties(state, r));
     static_cast<void>(schema_digest(mine));
     std::vector<Schema> parts;
     if (schemas.size() == 1) parts.push_back(std::move(mine));
     else
       for (auto const& schema : schemas) parts.push_back(decode_schema(schema));
-    AgreedState const agreed = merge_states(std::move(parts), first_rank, ties, state, job.ranks);
+    AgreedState const agreed = merge_states(std::move(parts), first_rank, ties, state, sorted, job.ranks);
     check_own_part(agreed, r, true);
     plan.agree_seconds = seconds_since(begin);
 

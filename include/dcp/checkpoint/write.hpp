@@ -51,13 +51,6 @@ class Writer {
       : comm_{comm}, medium_{medium}, directory_{std::move(directory)}, plan_{plan}, settings_{settings}, budget_{Budget::of(settings.memory_bytes, settings.threads)}, watch_{watch}, windows_{plan.files(), plan.slots(), budget_.round_bytes}, workers_{budget_.threads} {
     files_.resize(plan_.files().size());
     lanes_.resize(workers_.threads());
-    // A second write of a thread that has only one under way would wait for it.
-    std::size_t const depth = std::clamp<std::size_t>(static_cast<std::size_t>(settings.memory_bytes * 3 / 8 / budget_.buffer_bytes) / lanes_.size(), 1, 8);
-    for (auto& lane : lanes_) {
-      if (depth > 1) lane.queue = medium.open_queue(depth);
-      lane.writes.resize(lane.queue ? lane.queue->depth() : 1);
-      for (std::size_t id = 0; id < lane.writes.size(); ++id) lane.idle.push_back(id);
-    }
   }
 
   /// Writes, syncs and closes everything this rank owns. Collective. Returns the sums of what it wrote.
@@ -152,6 +145,13 @@ class Writer {
     }
   }
 
+  // What the budget has left is for writes beyond the first of each thread, where the medium can have several under way.
+  void open(Lane& lane) {
+    std::size_t const depth = std::clamp<std::size_t>(static_cast<std::size_t>(settings_.memory_bytes * 3 / 8 / budget_.buffer_bytes) / lanes_.size(), 1, 8);
+    if (depth > 1) lane.queue = medium_.open_queue(depth);
+    lane.writes.resize(lane.queue ? lane.queue->depth() : 1);
+    for (std::size_t id = 0; id < lane.writes.size(); ++id) lane.idle.push_back(id);
+  }
   // Waits for one of the writes of a queue.
   void end_one(Lane& lane) {
     auto const ended = lane.queue->wait();
@@ -296,6 +296,7 @@ class Writer {
       ++writes_;
       workers_.submit([this, f, at, end](std::size_t thread) {
         Lane& lane = lanes_[thread];
+        if (lane.writes.empty()) open(lane);
         if (lane.idle.empty()) end_one(lane);
         std::size_t const id = lane.idle.back();
         auto& [buffer, written_file, written_range] = lane.writes[id];

@@ -196,6 +196,14 @@ void assign_offsets(std::vector<TensorInfo>& tensors) {
   tensors = std::move(sorted);
 }
 
+/// One tensor of a header, whoever keeps its name and shape.
+struct TensorLine {
+  std::string_view name;
+  DType dtype;
+  Extents const* shape;
+  std::uint64_t begin, end;
+};
+
 namespace detail {
 
 template <class = Deferred>
@@ -203,9 +211,9 @@ void check_header_length(std::uint64_t bytes) {
   if (bytes > max_header_bytes) throw Error{ErrorCode::limit, "the header would be longer than 100000000 bytes; put the tensors into several files"};
 }
 
-/// Appends the JSON of a header to `out`, a std::string or a TextLength.
-template <class Out>
-void append_header(Out& out, std::vector<TensorInfo> const& tensors, Metadata metadata) {
+/// Appends the JSON of a header to `out`, a std::string or a TextLength. `tensor_at(i)`: a TensorLine, for i below `count`.
+template <class Out, class TensorAt>
+void append_header(Out& out, std::size_t count, TensorAt tensor_at, Metadata metadata) {
   auto const quoted = [&](std::string_view text) {
     if (first_invalid_utf8(text) != std::string_view::npos) throw Error{ErrorCode::bad_utf8, "a safetensors header holds UTF-8 only; this is not: " + shown(text)};
     append_json_quoted(out, text);
@@ -230,20 +238,23 @@ void append_header(Out& out, std::vector<TensorInfo> const& tensors, Metadata me
   }
   std::uint64_t cursor = 0;
   bool sorted = true;
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    TensorInfo const& tensor = tensors[i];
+  std::string_view before;
+  for (std::size_t i = 0; i < count; ++i) {
+    TensorLine const tensor = tensor_at(i);
+    Extents const& shape = *tensor.shape;
     if (tensor.name == metadata_key) throw Error{ErrorCode::bad_schema, "no tensor of a safetensors file can be called __metadata__; rename it"};
-    check_span(tensor.name, tensor.dtype, {tensor.shape.begin(), tensor.shape.end()}, false, tensor.begin, tensor.end, cursor);
+    check_span(tensor.name, tensor.dtype, {shape.begin(), shape.end()}, false, tensor.begin, tensor.end, cursor);
     cursor = tensor.end;
-    sorted = sorted && (i == 0 || tensors[i - 1].name < tensor.name);
+    sorted = sorted && (i == 0 || before < tensor.name);
+    before = tensor.name;
     separate();
     quoted(tensor.name);
     out.append(":{\"dtype\":\"");
     out.append(to_string(tensor.dtype));
     out.append("\",\"shape\":[");
-    for (int d = 0; d < tensor.shape.rank(); ++d) {
+    for (int d = 0; d < shape.rank(); ++d) {
       if (d > 0) out.append(",");
-      append_number(out, static_cast<std::uint64_t>(tensor.shape[d]));
+      append_number(out, static_cast<std::uint64_t>(shape[d]));
     }
     out.append("],\"data_offsets\":[");
     append_number(out, tensor.begin);
@@ -256,8 +267,8 @@ void append_header(Out& out, std::vector<TensorInfo> const& tensors, Metadata me
   check_header_length(out.size() - begin);
   if (sorted) return;
   std::vector<std::string_view> names;
-  names.reserve(tensors.size());
-  for (auto const& tensor : tensors) names.push_back(tensor.name);
+  names.reserve(count);
+  for (std::size_t i = 0; i < count; ++i) names.push_back(tensor_at(i).name);
   dcp::detail::sort(names);
   if (auto const twice = std::adjacent_find(names.begin(), names.end()); twice != names.end())
     throw Error{ErrorCode::duplicate_key, tensor_called(*twice) + " would be in one file twice"};
@@ -276,15 +287,15 @@ std::uint64_t padded_header_bytes(std::uint64_t text, std::uint64_t data_alignme
 
 /// The first bytes of a file: length, JSON, and spaces up to the data section, which starts at a multiple of `data_alignment`.
 ///
-/// tensors   in the order of their bytes, without gaps from 0, as assign_offsets leaves them
+/// tensors   in the order of their bytes, without gaps from 0, as assign_offsets leaves them; or tensor_at(i), a TensorLine, for i below count
 /// Rule      byte for byte what the reference writes, metadata keys sorted (there their order is random); no metadata: no __metadata__
 /// Throws    Error: duplicate_key; bad_schema for a tensor called __metadata__; bad_utf8; bad_offsets, overflow, misaligned or
 ///           size_mismatch for a wrong span; limit for a header over max_header_bytes; invalid_argument for an alignment that is no
 ///           power of two from 8
-template <class = Deferred>
-Bytes write_header(std::vector<TensorInfo> const& tensors, Metadata metadata = {}, std::uint64_t data_alignment = 8) {
+template <class TensorAt>
+Bytes write_header(std::size_t count, TensorAt tensor_at, Metadata metadata, std::uint64_t data_alignment) {
   std::string text(8, '\0');
-  detail::append_header(text, tensors, std::move(metadata));
+  detail::append_header(text, count, tensor_at, std::move(metadata));
   text.resize(static_cast<std::size_t>(detail::padded_header_bytes(text.size() - 8, data_alignment)), ' ');
   ConstByteSpan const bytes = as_byte_span(text);
   Bytes out(bytes.begin(), bytes.end());
@@ -293,11 +304,16 @@ Bytes write_header(std::vector<TensorInfo> const& tensors, Metadata metadata = {
   return out;
 }
 
-/// The size of what write_header would return, without the text. Throws the same.
 template <class = Deferred>
-std::uint64_t header_size(std::vector<TensorInfo> const& tensors, Metadata metadata = {}, std::uint64_t data_alignment = 8) {
+Bytes write_header(std::vector<TensorInfo> const& tensors, Metadata metadata = {}, std::uint64_t data_alignment = 8) {
+  return write_header(tensors.size(), [&](std::size_t i) { return TensorLine{tensors[i].name, tensors[i].dtype, &tensors[i].shape, tensors[i].begin, tensors[i].end}; }, std::move(metadata), data_alignment);
+}
+
+/// The size of what write_header would return, without the text. Throws the same.
+template <class TensorAt>
+std::uint64_t header_size(std::size_t count, TensorAt tensor_at, Metadata metadata, std::uint64_t data_alignment) {
   TextLength length;
-  detail::append_header(length, tensors, std::move(metadata));
+  detail::append_header(length, count, tensor_at, std::move(metadata));
   return detail::padded_header_bytes(length.size(), data_alignment);
 }
 

@@ -70,7 +70,8 @@ class HeaderReader : public JsonReader<HeaderReader> {
     } else if (place_ == Place::metadata) {
       metadata.emplace_back(key, std::string{});
     } else {
-      field_ = key == "dtype" ? dtype : key == "shape" ? shape : key == "data_offsets" ? offsets : unknown;
+      std::string_view const field = key;   // compares sizes first
+      field_ = field == "dtype" ? dtype : field == "shape" ? shape : field == "data_offsets" ? offsets : unknown;
       if (field_ == unknown) {
         if (options_.refuse_unknown_fields) wrong("has the unknown field " + shown(key));
         return;

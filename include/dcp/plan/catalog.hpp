@@ -206,7 +206,9 @@ Catalog assemble(std::vector<FoundFile> found) {
     for (auto const& tensor : found[f].tensors) all.push_back({&tensor, f});
     detail::append(catalog.ties, found[f].ties);
   }
-  std::stable_sort(all.begin(), all.end(), [](Reference const& a, Reference const& b) { return a.tensor->name < b.tensor->name; });
+  auto const by_name = [](Reference const& a, Reference const& b) { return a.tensor->name < b.tensor->name; };
+  if (!std::is_sorted(all.begin(), all.end(), by_name)) std::stable_sort(all.begin(), all.end(), by_name);
+  catalog.tensors.reserve(all.size());
   detail::sort(catalog.ties);
   catalog.ties.erase(std::unique(catalog.ties.begin(), catalog.ties.end()), catalog.ties.end());
   Problems problems;
@@ -240,6 +242,7 @@ Catalog assemble(std::vector<FoundFile> found) {
         }
         Box const box{piece.origin, piece.shape};
         tensor.pieces.push_back({all[next].file, piece.offset, box});
+        if (next == i && (i + 1 == all.size() || all[i + 1].tensor->name != first.name)) continue;   // the only piece, as most are
         if (auto const [same, fresh] = distinct.insert(tensor.pieces.size() - 1); !fresh) {
           // An empty piece holds nothing, so it may stand twice.
           if (!box.empty()) {

@@ -198,12 +198,12 @@ Value value_now(StateEntry const& entry) {
   }
 }
 
-/// The schema of this rank's state, without ties found in memory. `with_values`: also the CRCs of values.
+/// The schema of this rank's state, without ties found in memory. `with_values`: also the CRCs of values. `sorted`: of sorted_entries.
 template <class = Deferred>
-Schema local_schema(StateDict const& state, bool with_values) {
+Schema local_schema(StateDict const& state, bool with_values, std::vector<std::size_t> const& sorted) {
   Schema schema;
   schema.entries.reserve(state.entries().size());
-  for (auto const i : sorted_entries(state)) {
+  for (auto const i : sorted) {
     StateEntry const& from = state.entries()[i];
     if (from.kind == StateEntry::Kind::tie) {
       schema.ties.push_back({from.name, from.tie.kept});
@@ -224,6 +224,8 @@ Schema local_schema(StateDict const& state, bool with_values) {
   }
   return schema;
 }
+template <class = Deferred>
+Schema local_schema(StateDict const& state, bool with_values) { return local_schema(state, with_values, sorted_entries(state)); }
 
 /// A plain tensor that every kind of rank lists is replicated over all ranks; otherwise its first rank stands for it.
 template <class = Deferred>
@@ -255,15 +257,28 @@ Schema merge_schemas(std::vector<Schema> parts, std::vector<std::int64_t> const&
     return all;
   }
   std::vector<SchemaEntry*> entries;   // entries are large: pointers are sorted
+  std::vector<std::ptrdiff_t> begins;  // of sorted stretches
   for (std::size_t p = 0; p < parts.size(); ++p) {
+    begins.push_back(static_cast<std::ptrdiff_t>(entries.size()));
     for (auto& entry : parts[p].entries) {
       entry.first_rank = first_rank[p];
       entries.push_back(&entry);
     }
     detail::append(all.ties, parts[p].ties);
   }
-  if (parts.size() > 1)
-    std::sort(entries.begin(), entries.end(), [](SchemaEntry const* a, SchemaEntry const* b) { return a->name != b->name ? a->name < b->name : a->first_rank < b->first_rank; });
+  begins.push_back(static_cast<std::ptrdiff_t>(entries.size()));
+  while (begins.size() > 2) {
+    std::vector<std::ptrdiff_t> merged{0};
+    for (std::size_t i = 0; i + 1 < begins.size(); i += 2) {
+      std::size_t const last = std::min(i + 2, begins.size() - 1);
+      std::inplace_merge(entries.begin() + begins[i], entries.begin() + begins[i + 1], entries.begin() + begins[last], [](SchemaEntry const* a, SchemaEntry const* b) {
+        int const order = a->name.compare(b->name);
+        return order != 0 ? order < 0 : a->first_rank < b->first_rank;
+      });
+      merged.push_back(begins[last]);
+    }
+    begins = std::move(merged);
+  }
   detail::sort(all.ties);
   all.ties.erase(std::unique(all.ties.begin(), all.ties.end()), all.ties.end());
   Problems problems;

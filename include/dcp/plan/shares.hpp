@@ -54,7 +54,19 @@ class Shares {
     std::vector<std::size_t> order(groups_.size());
     std::iota(order.begin(), order.end(), std::size_t{0});
     std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return groups_[a].copies < groups_[b].copies; });
-    for (auto const g : order) fill(groups_[g]);
+    // Tensors of one copy leave nothing to choose, and those of one layout are walked together, whatever their dtypes.
+    std::multimap<std::uint64_t, std::size_t> walked;
+    std::vector<std::int64_t> bits(groups_.size(), 0);   // of all tensors, for an element of each
+    for (auto const g : order) {
+      Group const& group = groups_[g];
+      if (group.copies > 1) break;
+      std::size_t first = g;
+      for (auto [at, end] = walked.equal_range(group.hash); at != end; ++at)
+        if (groups_[at->second].layout == group.layout) first = at->second;
+      if (first == g) walked.emplace(group.hash, g);
+      bits[first] += group.count * bits_of(group.dtype);
+    }
+    for (auto const g : order) fill(groups_[g], bits[g]);
   }
 
   /// What the rank at `coordinate` writes of tensor `t`.
@@ -106,6 +118,7 @@ class Shares {
   struct Group {
     Layout layout;
     DType dtype;
+    std::uint64_t hash = 0;                // of the layout
     std::int64_t count = 0;                // tensors
     std::int64_t copies = 1;               // replicas of each cell
     int flat = -1;                         // the flat axis, and the first of its coordinates that holds an element
@@ -119,7 +132,7 @@ class Shares {
   };
 
   static std::uint64_t hash_of(TensorSpec const& tensor) {
-    std::uint64_t hash = static_cast<std::uint64_t>(tensor.dtype);
+    std::uint64_t hash = 0;
     auto const mix = [&](std::int64_t value) { hash = (hash ^ static_cast<std::uint64_t>(value)) * 0x9E3779B97F4A7C15u, hash ^= hash >> 29; };
     Layout const& layout = tensor.layout;
     for (int d = 0; d < layout.shape.rank(); ++d) mix(layout.shape[d]), mix(layout.split_shape[d]);
@@ -134,13 +147,14 @@ class Shares {
   template <class = Deferred>
   std::size_t find_group(TensorSpec const& tensor, std::multimap<std::uint64_t, std::size_t>& known) {
     // Models list layers, and the tensors of a layer come in an order: mostly it is a group seen before.
-    std::uint64_t const hash = hash_of(tensor);
+    std::uint64_t const layout_hash = hash_of(tensor), hash = layout_hash + static_cast<std::uint64_t>(tensor.dtype) * 0x9E3779B97F4A7C15u;
     for (auto [at, end] = known.equal_range(hash); at != end; ++at)
       if (groups_[at->second].dtype == tensor.dtype && groups_[at->second].layout == tensor.layout) return at->second;
     known.emplace(hash, groups_.size());
     Group& group = groups_.emplace_back();
     group.layout = group.numbered = tensor.layout;
     group.dtype = tensor.dtype;
+    group.hash = layout_hash;
     group.copies = replicas(tensor.layout);
     group.flat = flat_axis(tensor.layout);
     if (group.flat >= 0) {
@@ -220,9 +234,9 @@ class Shares {
   }
 
   template <class = Deferred>
-  void fill(Group& group) {
+  void fill(Group& group, std::int64_t bits) {
     if (group.copies == 1) {
-      for_each_cell(group, [&](std::int64_t, std::int64_t rank, std::int64_t elements) { loads_[static_cast<std::size_t>(rank)] += static_cast<std::int64_t>(bytes_of(group.dtype, elements)) * group.count; });
+      if (bits > 0) for_each_cell(group, [&](std::int64_t, std::int64_t rank, std::int64_t elements) { loads_[static_cast<std::size_t>(rank)] += elements * bits / 8; });
       return;
     }
     auto const copies = static_cast<std::size_t>(group.copies);

@@ -201,13 +201,15 @@ class SafeTensorsDriver final : public AnyStorage {
         found.pieces = true;
         info = safetensors::parse_sharding_info(*json);
       }
-      std::vector<std::string_view> names;
+      found.tensors.reserve(header.tensors.size());
       for (auto const& tensor : header.tensors) {
         Extents origin = Extents::filled(tensor.shape.rank(), 0);
         if (found.pieces) origin = Extents{safetensors::saved_offsets(info, tensor)};
         found.tensors.push_back({tensor.name, tensor.dtype, tensor.shape, header.data_begin + tensor.begin, origin});
-        names.push_back(tensor.name);
       }
+      std::vector<std::string_view> names;
+      if (std::any_of(header.metadata.begin(), header.metadata.end(), [](auto const& entry) { return entry.first != "format"; }))
+        for (auto const& tensor : header.tensors) names.push_back(tensor.name);
       detail::sort(names);
       auto const is_tensor = [&](std::string_view name) { return sorted_contains(names, name); };
       // "dropped": "kept" is how Hugging Face notes tied weights; other texts may be anything.
@@ -354,19 +356,20 @@ class SafeTensorsDriver final : public AnyStorage {
     }
 
     std::vector<std::pair<std::string, hf::Index>> indexes;   // of each directory, on rank 0
+    std::vector<std::uint64_t> offsets;                       // of the tensors of a file, and the end of the last
     plan.stored.reserve(order.size());
     for (std::size_t begin = 0, end = 0; begin < order.size(); begin = end) {
       Target const& target = targets.of[order[begin]];
       Directory const& directory = targets.directories[target.directory];
-      std::vector<safetensors::TensorInfo> infos;
-      std::uint64_t cursor = 0;
+      offsets.assign(1, 0);
       for (; end < order.size() && same_file(order[begin], order[end]); ++end) {
         TensorSpec const& tensor = request.tensors[order[end]];
-        std::uint64_t const bytes = safetensors::tensor_bytes(tensor.dtype, tensor.layout.shape);
-        std::string stored_name(targets.of[order[end]].stored_name);
-        infos.push_back({std::move(stored_name), tensor.dtype, tensor.layout.shape, cursor, cursor + bytes});
-        cursor += bytes;
+        offsets.push_back(offsets.back() + safetensors::tensor_bytes(tensor.dtype, tensor.layout.shape));
       }
+      auto const line = [&](std::size_t i) {
+        std::uint32_t const t = order[begin + i];
+        return safetensors::TensorLine{targets.of[t].stored_name, request.tensors[t].dtype, &request.tensors[t].layout.shape, offsets[i], offsets[i + 1]};
+      };
       std::string const file_name = hf::model_file_name(target.file, directory.files);
       hf::Index* index = nullptr;
       if (request.rank == 0) {
@@ -391,16 +394,16 @@ class SafeTensorsDriver final : public AnyStorage {
       file.path = joined(directory.path, file_name);
       std::uint64_t data = 0;
       if (header_writer(f, request.ranks) == request.rank) {
-        file.literals.push_back({0, safetensors::write_header(infos, std::move(metadata), 4096)});
+        file.literals.push_back({0, safetensors::write_header(end - begin, line, std::move(metadata), 4096)});
         data = file.literals[0].bytes.size();
       } else {
-        data = safetensors::header_size(infos, std::move(metadata), 4096);
+        data = safetensors::header_size(end - begin, line, std::move(metadata), 4096);
       }
-      file.size = data + cursor;
-      for (std::size_t i = 0; i < infos.size(); ++i) plan.stored.push_back({order[begin + i], f, data + infos[i].begin, Box::whole(infos[i].shape)});
+      file.size = data + offsets.back();
+      for (std::size_t i = 0; i < end - begin; ++i) plan.stored.push_back({order[begin + i], f, data + offsets[i], Box::whole(*line(i).shape)});
       if (index == nullptr) continue;
-      *index->total_size += cursor;
-      for (auto& info : infos) index->weight_map.emplace_back(std::move(info.name), file_name);
+      *index->total_size += offsets.back();
+      for (std::size_t i = 0; i < end - begin; ++i) index->weight_map.emplace_back(line(i).name, file_name);
     }
     for (auto& [path, index] : indexes) {
       auto const text = hf::write_index(std::move(index));
