@@ -158,7 +158,7 @@ class Bench:
                     self.sides["theirs"].do("save", place=place(how), files=4, **{"with": how})
                 for dim in (0, 1):
                     self.both("state", **size, dim=dim)
-                    for cache in ("warm", "cold"):
+                    for cache in ("warm",) if self.arguments.quick else ("warm", "cold"):
                         cold = lambda name: place(name) if cache == "cold" else None
                         contestants = {
                             "dcp, verified": ("ours", "load", {"place": place("ours")}, cold("ours")),
@@ -183,7 +183,7 @@ class Bench:
                     self.sides["ours"].do("clear")
                     self.sides["ours"].do("load", place=place("ours"))
                     self.both("check")
-        if wanted("small"):
+        if wanted("small") and not self.arguments.quick:   # the other side takes minutes
             self.start(1)
             self.both("state", tensors=20000, rows=32, columns=32, dim=0)
             self.both("fill")
@@ -220,7 +220,7 @@ def main():
     parser.add_argument("--work", required=True)
     parser.add_argument("--repeats", type=int, default=8, help="the first is dropped")
     parser.add_argument("--only", default="", help="of: save,load,small,open,plan")
-    parser.add_argument("--quick", action="store_true", help="the main rows only")
+    parser.add_argument("--quick", action="store_true", help="without cold caches and small tensors")
     parser.add_argument("--json")
     parser.add_argument("--svg")
     arguments = parser.parse_args()

@@ -3,7 +3,7 @@
 # Benchmarks: what dcp takes to save and load, next to PyTorch's distributed checkpoint and safetensors on the same machine, in turns.
 #
 #   tests/bench/run.sh            every row, 8 turns each, the first of which is dropped: about ten minutes
-#   tests/bench/run.sh --quick    three turns: a minute's look
+#   tests/bench/run.sh --quick    three turns, warm, large tensors: a minute's look
 #   tests/bench/run.sh --only save,load,small,open,plan
 #
 # Installs what is missing, builds with -O2, prints one table and writes it to build/bench/results.json and build/bench/results.svg.

@@ -475,7 +475,9 @@ TEST_CASE("save and load: a rank that throws, exits, is killed or is stopped in 
         }
         REQUIRE(one.error.has_value());
         CHECK(one.error->rank() == moment.victim);
-        CHECK(one.error->phase() == moment.phase);
+        // Writes begin while ranks still exchange: which of the two is interrupted is a matter of time.
+        bool const overlaps = moment.phase == "save: write" && moment.rule.call == Call::write && one.error->phase() == "save: exchange";
+        if (!overlaps) CHECK(one.error->phase() == moment.phase);
         CHECK(one.error->code() == (end == End::throws ? dcp::ErrorCode::unknown : end == End::stopped ? dcp::ErrorCode::timeout : dcp::ErrorCode::rank_failed));
         if (end == End::throws) CHECK(one.error->message() == "thrown in the middle of it");
       }
