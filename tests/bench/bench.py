@@ -74,7 +74,7 @@ class Bench:
         self.rows, self.limits = [], []
         self.repeats = arguments.repeats
         self.sides = {}
-        self.work = pathlib.Path(arguments.work)
+        self.work = pathlib.Path(arguments.work).resolve()
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
 
