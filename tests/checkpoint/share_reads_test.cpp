@@ -10,7 +10,9 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -118,4 +120,30 @@ TEST_CASE("read_once: a byte that is wrong on the storage, and a read that fails
         file->write_at(9'000'001, dcp::as_byte_span("x"));
       },
       "checksum");
+}
+
+TEST_CASE("read_once: elements of four bits whose rows end inside a byte are loaded too, though a share of them cannot be cut into boxes") {
+  Medium const store{dcp::Memory{}};
+  for (std::int64_t const columns : {1001, 1000}) {   // 500 KB: more than a share is cut by
+    CAPTURE(columns);
+    std::size_t const size = static_cast<std::size_t>(1000 * columns / 2);
+    auto const byte_at = [](std::size_t i) { return static_cast<std::byte>(i * 131 + i / 977); };
+    std::atomic<int> wrong{0};
+    std::atomic<std::uint64_t> read{0};
+    dcp::run_threads(3, [&](dcp::ThreadComm& world) {
+      dcp::DeviceMesh<1> const mesh{world, {3}};
+      std::vector<std::byte> memory(size);
+      dcp::ShardedTensor<dcp::f4, Placement<Replicate>> tensor{mesh, {1000, columns}, memory};
+      for (std::size_t i = 0; i < size; ++i) memory[i] = byte_at(i);
+      dcp::save<Storage>(world, {store, "small"}, {{"w", tensor}}, {.if_exists = dcp::IfExists::replace});
+      std::fill(memory.begin(), memory.end(), std::byte{0x5A});
+      auto const report = dcp::load<Storage>(world, {store, "small"}, {{"w", tensor}}, {.read_once = true});
+      for (std::size_t i = 0; i < size; ++i) wrong += memory[i] == byte_at(i) ? 0 : 1;
+      if (world.rank() == 0) CHECK(report.unverified_bytes == 0);
+      for (auto const& phase : report.phases)
+        if (phase.name == "read") read = phase.bytes();
+    });
+    CHECK(wrong == 0);
+    CHECK(read == (columns % 2 == 0 ? size : 3 * size));
+  }
 }

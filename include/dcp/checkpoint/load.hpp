@@ -157,7 +157,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
         StateEntry const* local = agreed.local_tensors[t];
         if (wanted.how != WantedTensor::How::load || local == nullptr) continue;
         auto const add = [&](Box const& held, MemoryView const& memory) { plan_reads(*wanted.stored, local->tensor->dtype, held, memory, !wanted.shared, settings.verify == Verify::full, result.reads); };
-        if (result.shares && replicas(agreed.tensors[t].layout) > 1) for_each_shared_box(agreed.tensors[t], t, *result.shares, comm.rank(), local->tensor->memory, add);
+        if (result.shares) for_each_shared_box(agreed.tensors[t], t, *result.shares, comm.rank(), local->tensor->memory, add);
         else for_each_held_box(held_part(local->tensor->layout, comm.rank()), local->tensor->dtype, local->tensor->memory, add);
       }
       return result;

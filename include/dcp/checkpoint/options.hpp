@@ -77,7 +77,8 @@ struct LoadOptions {
   OnDType on_dtype = OnDType::error;
   std::vector<PrefixPolicy> for_prefix = {};
   Verify verify = Verify::standard;
-  bool read_once = false;   // what several ranks hold is read once and sent on: where ranks are nearer to each other than to the storage
+  bool read_once = false;   // what several ranks hold is read once and sent on: where ranks are nearer to each other than to the storage.
+                            // Not large tensors of elements smaller than a byte whose rows end inside one: each rank reads those
   std::uint64_t memory_bytes = default_memory_bytes;
   int threads = 2;
   ProgressCallback progress = {};

@@ -144,9 +144,7 @@ Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, R
         if (message.size() < per_pair) {
           std::int64_t const room = std::max<std::int64_t>(1, static_cast<std::int64_t>((per_pair - message.size()) * 8 / static_cast<std::uint64_t>(bits_of(part.transfer.dtype))));
           std::int64_t const end = std::min(elements, part.sent + room);
-          bytes.resize(static_cast<std::size_t>(bytes_of(part.transfer.dtype, end - part.sent)));
-          std::uint64_t const base = bytes_of(part.transfer.dtype, part.sent);
-          part.transfer.for_each_run(part.sent, end, [&](std::uint64_t at, std::byte const* memory, std::size_t size) { std::memcpy(bytes.data() + (at - base), memory, size); });
+          pack(part.transfer, part.sent, end, bytes);
           message.number(part.tensor).number(part.sent).number(end);
           for (int d = 0; d < part.part.rank(); ++d) message.number(part.part.origin[d]).number(part.part.shape[d]);
           message.block(bytes);
@@ -174,9 +172,7 @@ Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, R
           for_each_held_box(held_part(entry.layout, comm.rank()), entry.dtype, entry.memory, [&](Box const& held, MemoryView const& memory) {
             Box common;
             if (!intersect(held, part, common)) return;
-            Transfer const transfer = make_transfer(entry.dtype, entry.dtype, part, held, memory, part, 0);
-            std::uint64_t const base = bytes_of(transfer.dtype, begin);
-            transfer.for_each_run(begin, end, [&](std::uint64_t at, std::byte* target_bytes, std::size_t size) { std::memcpy(target_bytes, bytes.data() + (at - base), size); });
+            unpack(make_transfer(entry.dtype, entry.dtype, part, held, memory, part, 0), begin, end, bytes);
           });
         }
     });

@@ -14,18 +14,29 @@
 #include <cstdint>
 #include <cstring>
 #include <map>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
 namespace dcp::detail {
 
-/// Calls visit(box, memory) for the boxes of a tensor that `rank` reads: its share of what it holds.
+/// Whether the replicas of `held` share the reading of a tensor: the same answer for all of them. A share is cut inside a row of a large
+/// part, and of elements smaller than a byte only rows of whole bytes leave boxes of whole bytes on both sides.
+template <class = Deferred>
+bool replicas_share(TensorSpec const& tensor, HeldPart const& held) {
+  if (replicas(tensor.layout) == 1) return false;
+  int const bits = bits_of(tensor.dtype), rank = held.box.rank();
+  return bits >= 8 || rank == 0 || held.box.shape[rank - 1] * bits % 8 == 0 || bytes_of(tensor.dtype, held.elements()) <= static_cast<std::uint64_t>(Shares::grain_bytes);
+}
+
+/// Calls visit(box, memory) for the boxes of a tensor that `rank` reads: its share of what it holds, or all of it.
 template <class Visit>
 void for_each_shared_box(TensorSpec const& tensor, std::size_t t, Shares const& shares, std::int64_t rank, MemoryView const& memory, Visit visit) {
   auto const coordinate = tensor.layout.mesh.coordinate_of(rank);
   if (!coordinate) return;
   HeldPart const held = held_at(tensor.layout, *coordinate);
+  if (!replicas_share(tensor, held)) return for_each_held_box(held, tensor.dtype, memory, visit);
   CellRange const range = shares.range_of(t, *coordinate, held);
   if (held.flat) {
     auto const [part, begin] = slice_of(held, tensor.dtype, memory, range.begin, range.end);
@@ -56,20 +67,20 @@ void share_reads(CommRef comm, AgreedState const& agreed, Comparison const& comp
     std::vector<int> others;
   };
   std::vector<Part> parts;
-  std::map<int, std::uint64_t> peers;
+  std::set<int> peers;
   agree(comm, "load: share", [&] {
     for (std::uint32_t t = 0; t < agreed.tensors.size(); ++t) {
       TensorSpec const& tensor = agreed.tensors[t];
       auto const here = tensor.layout.mesh.coordinate_of(comm.rank());
-      std::int64_t const copies = replicas(tensor.layout);
-      if (copies == 1 || comparison.tensors[t].how != WantedTensor::How::load || !here || agreed.local_tensors[t] == nullptr) continue;
+      if (comparison.tensors[t].how != WantedTensor::How::load || !here || agreed.local_tensors[t] == nullptr) continue;
       HeldPart const held = held_at(tensor.layout, *here);
+      if (held.empty() || !replicas_share(tensor, held)) continue;
       CellRange const range = shares.range_of(t, *here, held);
       std::int64_t const bits = std::min(8, bits_of(tensor.dtype));
-      if (held.empty()) continue;
       std::vector<int> others;
-      for (std::int64_t r = 0; r < copies; ++r)
-        if (auto const rank = tensor.layout.mesh.rank_at(replica_coordinate(tensor.layout, *here, r)); rank != comm.rank()) others.push_back(static_cast<int>(rank)), ++peers[static_cast<int>(rank)];
+      for (std::int64_t r = 0; r < replicas(tensor.layout); ++r)
+        if (auto const rank = static_cast<int>(tensor.layout.mesh.rank_at(replica_coordinate(tensor.layout, *here, r))); rank != comm.rank()) others.push_back(rank);
+      peers.insert(others.begin(), others.end());
       if (range.begin < range.end) parts.push_back({t, whole(t, held), range.begin * bits / 8, range.end * bits / 8, std::move(others)});
     }
   });
@@ -88,9 +99,7 @@ void share_reads(CommRef comm, AgreedState const& agreed, Comparison const& comp
         Part& part = parts[next];
         std::int64_t const room = std::max<std::int64_t>(1, static_cast<std::int64_t>((round_bytes - filled) * 8 / static_cast<std::uint64_t>(bits_of(part.transfer.dtype))));
         std::int64_t const end = std::min(part.end, part.begin + room);
-        bytes.resize(static_cast<std::size_t>(bytes_of(part.transfer.dtype, end - part.begin)));
-        std::uint64_t const base = bytes_of(part.transfer.dtype, part.begin);
-        part.transfer.for_each_run(part.begin, end, [&](std::uint64_t at, std::byte const* memory, std::size_t size) { std::memcpy(bytes.data() + (at - base), memory, size); });
+        pack(part.transfer, part.begin, end, bytes);
         for (int const other : part.others) messages[other].number(part.tensor).number(part.begin).number(end).block(bytes);
         watch.here().bytes += bytes.size() * part.others.size();
         filled += bytes.size();
@@ -108,9 +117,7 @@ void share_reads(CommRef comm, AgreedState const& agreed, Comparison const& comp
           auto const bytes = in.block();
           if (!in.ok() || t >= agreed.tensors.size() || agreed.local_tensors[t] == nullptr) throw Error{ErrorCode::unknown, "a message with data from rank " + std::to_string(message.rank) + " is damaged"};
           auto const held = held_by(agreed.tensors[t].layout, comm.rank());
-          Transfer const transfer = whole(t, held.value());
-          std::uint64_t const base = bytes_of(transfer.dtype, begin);
-          transfer.for_each_run(begin, end, [&](std::uint64_t at, std::byte* memory, std::size_t size) { std::memcpy(memory, bytes.data() + (at - base), size); });
+          unpack(whole(t, held.value()), begin, end, bytes);
         }
     });
     if (all_reduce_max(comm, next < parts.size() ? 1 : 0) == 0) return;

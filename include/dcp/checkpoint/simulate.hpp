@@ -105,7 +105,7 @@ struct Simulation {
     auto const count = [](std::uint64_t n, char const* what) { return std::to_string(n) + ' ' + what + (n == 1 ? "" : "s"); };
     out << "job        " << count(static_cast<std::uint64_t>(s.ranks), "rank") << " of " << count(static_cast<std::uint64_t>(s.kinds), "kind") << "; " << count(s.tensors, "tensor") << ", "
         << human_bytes(s.tensor_bytes) << "; " << count(s.values, "value");
-    out << "\nagreement  " << s.broadcasts << " schemas broadcast, " << human_bytes(s.schema_bytes) << "; then none of the planning's collectives";
+    out << "\nagreement  " << s.broadcasts << " schemas broadcast, " << human_bytes(s.schema_bytes) << ", beside a gather of digests; planning needs no more communication";
     std::uint64_t largest = 0;
     std::int64_t most_writers = 0;
     for (auto const& file : s.files) largest = std::max(largest, file.bytes), most_writers = std::max(most_writers, file.writers);
@@ -229,10 +229,13 @@ Simulation simulate(AnyStorage const& storage, SimulatedJob const& job, SaveSett
       }
       if (writes.slots().empty() && !all)
         for (std::size_t other = 0; other < result.written.size(); ++other) result.written[other] = static_cast<std::uint64_t>(planned_state.shares.loads()[other]);
+      // The texts of the commit are rank 0's.
+      FilePlan const committed = storage.plan_files({agreed.tensors, planned_state.shares, agreed.ties, 0, job.ranks});
+      for (auto const& [path, bytes] : committed.commit_files) result.index_bytes += bytes.size();
       CommitRecord record = record_of(storage, agreed);
       record.id = std::string(16, '0');
       for (auto const& file : writes.files()) record.files.push_back({file.path, file.size, 0, 0, true, settings.checksums});
-      for (auto const& [path, bytes] : planned_state.files.commit_files) record.files.push_back({path, bytes.size(), 0, 0, false, true});
+      for (auto const& [path, bytes] : committed.commit_files) record.files.push_back({path, bytes.size(), 0, 0, false, true});
       for (auto const& file : record.files) result.checksums_bytes += 8 * file.chunks();
       Bytes large;
       result.record_bytes = write_record(record, large).size();
@@ -240,7 +243,6 @@ Simulation simulate(AnyStorage const& storage, SimulatedJob const& job, SaveSett
     if (all) result.written[static_cast<std::size_t>(r)] = plan.written_bytes;
     for (auto const& file : writes.files())
       if (result.plans.empty() || file.only_rank >= 0) result.files.push_back({file.path, file.size, 0});
-    for (auto const& [path, bytes] : planned_state.files.commit_files) result.index_bytes += bytes.size();
     result.plans.push_back(plan);
   }
   for (auto& file : result.files) file.writers = static_cast<std::int64_t>(writers[file.path].size());

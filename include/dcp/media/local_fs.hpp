@@ -37,10 +37,11 @@ namespace dcp {
 
 namespace detail {
 
-template <class = Deferred>
+/// `File`: FileHandle or DirectFile.
+template <class File>
 class LocalWritableFile final : public WritableFile {
  public:
-  explicit LocalWritableFile(FileHandle file) : file_{std::move(file)} {}
+  explicit LocalWritableFile(File file) : file_{std::move(file)} {}
   void write_at(std::uint64_t offset, ConstByteSpan bytes) override { file_.write_at(offset, bytes); }
   void resize(std::uint64_t size) override { file_.resize(size); }
   void sync() override { file_.sync(); }
@@ -48,7 +49,7 @@ class LocalWritableFile final : public WritableFile {
   int descriptor() const override { return file_.descriptor(); }
 
  private:
-  FileHandle file_;
+  File file_;
 };
 
 template <class = Deferred>
@@ -67,20 +68,6 @@ class LocalReadableFile final : public ReadableFile {
 
  private:
   FileHandle file_;
-};
-
-template <class = Deferred>
-class LocalDirectFile final : public WritableFile {
- public:
-  explicit LocalDirectFile(DirectFile<> file) : file_{std::move(file)} {}
-  void write_at(std::uint64_t offset, ConstByteSpan bytes) override { file_.write_at(offset, bytes); }
-  void resize(std::uint64_t size) override { file_.resize(size); }
-  void sync() override { file_.sync(); }
-  void close() override { file_.close(); }
-  int descriptor() const override { return file_.descriptor(); }
-
- private:
-  DirectFile<> file_;
 };
 
 /// The names in a directory, sorted; none if it is gone.
@@ -140,14 +127,15 @@ class LocalFs {
 
   template <class D = Deferred>
   std::unique_ptr<WritableFile> open_write(std::string const& path) {
-    return retry_visible(options_.visible_within, [&] { return std::make_unique<detail::LocalWritableFile<D>>(FileHandle::open_write(path)); });
+    using File = typename detail::DeferredType<FileHandle, D>::type;
+    return retry_visible(options_.visible_within, [&] { return std::make_unique<detail::LocalWritableFile<File>>(FileHandle::open_write(path)); });
   }
 
   template <class D = Deferred>
   std::unique_ptr<WritableFile> open_blocks(std::string const& path, std::uint64_t block, DirectIo mode) {
     return retry_visible(options_.visible_within, [&]() -> std::unique_ptr<WritableFile> {
       if (mode != DirectIo::never)
-        if (auto file = DirectFile<D>::open(path, block, mode == DirectIo::automatic)) return std::make_unique<detail::LocalDirectFile<D>>(std::move(*file));
+        if (auto file = DirectFile<D>::open(path, block, mode == DirectIo::automatic)) return std::make_unique<detail::LocalWritableFile<DirectFile<D>>>(std::move(*file));
       return open_write<D>(path);
     });
   }

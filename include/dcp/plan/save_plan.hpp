@@ -203,10 +203,10 @@ class SavePlan {
   template <class = Deferred>
   std::int64_t owner_of(std::uint32_t file, std::uint64_t position) const {
     if (files_.files[file].only_rank >= 0) return files_.files[file].only_rank;
-    if (!slots_.empty() && files_.files[file].size > 0) return slots_.all()[slots_.at(file, position)].owner;
+    if (in_slots(file) && files_.files[file].size > 0) return slots_.all()[slots_.at(file, position)].owner;
     position = round_down(position, options_.block_bytes);
     auto const s = stored_at(file, position);
-    if (s == no_box) return header_writer(file);
+    if (s == no_box) return header_writer(file, ranks_);
     if (!in_long_runs_[s]) return segment_owner(file, position);
     StoredBox const& stored = files_.stored[s];
     TensorSpec const& tensor = tensors_[stored.tensor];
@@ -232,13 +232,12 @@ class SavePlan {
         std::uint64_t const owner_end = std::min(run.end, end_of_same_owner(file, at, run));
         std::int64_t const owner = owner_of(file, at);
         if (owner != rank_) result.outgoing.push_back({transfer, owner, {at, owner_end}});
-        else add_range(owned, {round_down(at, block), std::min(size, round_up(owner_end, block))});
+        else if (!in_slots(file)) add_range(owned, {round_down(at, block), std::min(size, round_up(owner_end, block))});
         at = owner_end;
       }
     });
     // Slots, and segments of short runs, are owned whether this rank has bytes in them or not.
-    if (!slots_.empty() && files_.files[file].only_rank < 0) {
-      owned.clear();
+    if (in_slots(file)) {
       for (std::size_t s = slots_.at(file, begin); s < slots_.all().size() && slots_.all()[s].file == file && slots_.all()[s].begin < end; ++s)
         if (auto const& slot = slots_.all()[s]; slot.owner == rank_) owned.push_back({std::max(begin, slot.begin), std::min(end, slot.end)});
     } else if (files_.files[file].only_rank < 0) {
@@ -341,10 +340,8 @@ class SavePlan {
     return bytes_of(tensor.dtype, run) >= options_.long_run_bytes;
   }
 
-  std::int64_t header_writer(std::uint32_t file) const {
-    PlannedFile const& planned = files_.files[file];
-    return planned.only_rank >= 0 ? planned.only_rank : dcp::header_writer(file, ranks_);
-  }
+  // Whether slots say who owns what of a file.
+  bool in_slots(std::uint32_t file) const { return !slots_.empty() && files_.files[file].only_rank < 0; }
   // Whole blocks: a stripe need not divide 1 MiB.
   std::uint64_t segment_size() const { return round_up(options_.segment_bytes, options_.block_bytes); }
   std::int64_t segment_owner(std::uint32_t file, std::uint64_t position) const {
@@ -354,7 +351,7 @@ class SavePlan {
   template <class = Deferred>
   std::uint64_t end_of_same_owner(std::uint32_t file, std::uint64_t at, FileRange run) const {
     if (files_.files[file].only_rank >= 0) return run.end;
-    if (!slots_.empty()) return slots_.all()[slots_.at(file, at)].end;
+    if (in_slots(file)) return slots_.all()[slots_.at(file, at)].end;
     std::uint64_t const block = options_.block_bytes, block_begin = round_down(at, block);
     if (block_begin < run.begin || block_begin != at) return block_begin + block;   // the block starts with somebody else's byte, perhaps
     auto const s = stored_at(file, at);

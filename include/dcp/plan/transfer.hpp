@@ -148,6 +148,20 @@ Transfer make_transfer(DType dtype, DType memory_dtype, Box const& part, Box con
   return in_whole_bytes(transfer);
 }
 
+/// Elements [begin, end) of a transfer whose box is dense in its "file" at 0, from memory into `out`, which gets their size: for messages.
+template <class = Deferred>
+void pack(Transfer const& transfer, std::int64_t begin, std::int64_t end, Bytes& out) {
+  std::uint64_t const base = bytes_of(transfer.dtype, begin);
+  out.resize(static_cast<std::size_t>(bytes_of(transfer.dtype, end - begin)));
+  transfer.for_each_run(begin, end, [&](std::uint64_t at, std::byte const* memory, std::size_t size) { std::memcpy(out.data() + (at - base), memory, size); });
+}
+/// The way back: from `bytes`, which are those of [begin, end), to memory.
+template <class = Deferred>
+void unpack(Transfer const& transfer, std::int64_t begin, std::int64_t end, ConstByteSpan bytes) {
+  std::uint64_t const base = bytes_of(transfer.dtype, begin);
+  transfer.for_each_run(begin, end, [&](std::uint64_t at, std::byte* memory, std::size_t size) { std::memcpy(memory, bytes.data() + (at - base), size); });
+}
+
 /// Calls visit(box, memory) for the boxes that a part consists of, none of them empty; `memory` is then that of the box's first element.
 template <class Visit>
 void for_each_held_box(HeldPart const& held, DType memory_dtype, MemoryView const& memory, Visit visit) {
