@@ -27,6 +27,7 @@ dcp_install g++ cmake ninja-build nlohmann-json3-dev libopenmpi-dev openmpi-bin 
 dcp_install liburing-dev || true   # without it there are no rows of io_uring
 dcp_python_environment
 [ -n "$dcp_python" ] || { echo "no benchmarks: $dcp_python_reason" >&2; exit 1; }
+mkdir -p build
 cmake -S . -B build/bench -G Ninja -DCMAKE_BUILD_TYPE=Release -DDCP_BUILD_TESTS=OFF -DDCP_BUILD_EXAMPLES=OFF -DDCP_BUILD_BENCHMARKS=ON >build/bench.log 2>&1 || { cat build/bench.log; exit 1; }
 cmake --build build/bench >>build/bench.log 2>&1 || { cat build/bench.log; exit 1; }
 

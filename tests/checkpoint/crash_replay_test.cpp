@@ -13,6 +13,7 @@
 #include "support/campaign.hpp"
 #include "support/fault_medium.hpp"
 #include "support/generations.hpp"
+#include "support/late_writes.hpp"
 #include "support/recording_medium.hpp"
 
 #include <doctest/doctest.h>
@@ -256,6 +257,14 @@ TEST_CASE("save: where directories cannot be exchanged, a replacement that stops
     CAPTURE(ranks);
     Experiment const experiment{.old_generation = 1, .rows = ranks == 3 ? 1100 : 20};
     check_nothing_lost(run<RecordingWithoutExchange>(ranks, experiment), experiment);
+  }
+}
+
+TEST_CASE("save: writes that a queue does late and in any order survive a stop anywhere") {
+  for (int const ranks : {1, 3}) {
+    CAPTURE(ranks);
+    Experiment const experiment{.old_generation = 1, .rows = ranks == 3 ? 1100 : 20};
+    check_nothing_lost(run<dcp::test::LateWrites<RecordingMedium>>(ranks, experiment, {.max_file_bytes = 300'000}), experiment);
   }
 }
 

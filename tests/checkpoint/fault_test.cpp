@@ -13,6 +13,7 @@
 
 #include "support/fault_medium.hpp"
 #include "support/generations.hpp"
+#include "support/late_writes.hpp"
 #include "support/proc_comm.hpp"
 #include "support/temporary_directory.hpp"
 
@@ -44,6 +45,10 @@ using Clock = std::chrono::steady_clock;
 
 constexpr auto place = "run/ckpt";
 constexpr std::int64_t rows = 20;
+
+struct QueuedMemory : dcp::test::LateWrites<dcp::Memory> {
+  explicit QueuedMemory(dcp::Memory const& store) : LateWrites{store} {}
+};
 
 struct MemoryWithoutExchange : dcp::Memory {
   explicit MemoryWithoutExchange(dcp::Memory const& store) : Memory{store} {}
@@ -168,6 +173,12 @@ TEST_CASE("save: any storage call that fails on any rank is one Error on all, wi
 
 TEST_CASE("save: a full, read-only or vanished storage is one Error on all ranks, in a first save too") {
   CHECK(fail_every_call_of_a_save<dcp::Memory>(0, {ENOSPC, EROFS, ENOENT}).errors > 100);
+}
+
+TEST_CASE("save: any storage call that fails while a queue of writes is under way is one Error on all, and the old checkpoint stays") {
+  auto const tally = fail_every_call_of_a_save<QueuedMemory>(1, {EIO});
+  CHECK(tally.errors > 40);
+  CHECK(tally.phases.contains("save: write"));
 }
 
 TEST_CASE("save: any storage call that fails where directories cannot be exchanged leaves the old checkpoint or the new one") {

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <sstream>
+#include <utility>
 #include <vector>
 
 using namespace dcp;
@@ -51,4 +52,38 @@ TEST_CASE("Extents: a number of elements beyond 63 bits is an overflow, a zero a
   }
   CHECK(Extents{0, most}.elements() == 0);
   CHECK(Extents{0, most}.empty());
+}
+
+TEST_CASE("Extents: copied, moved and assigned between few dimensions and many") {
+  std::vector<dcp::Extents> all;
+  for (int rank = 0; rank <= dcp::max_rank; ++rank) {
+    all.push_back(dcp::Extents::filled(rank, rank + 2));
+    if (rank > 0) all.back()[rank - 1] = 1;
+  }
+  for (auto const& from : all)
+    for (auto const& before : all) {
+      CAPTURE(from);
+      CAPTURE(before);
+      dcp::Extents copied{before}, moved{before}, source{from};
+      copied = from;
+      CHECK(copied == from);
+      moved = std::move(source);
+      CHECK(moved == from);
+      dcp::Extents const kept{moved}, taken{std::move(moved)};
+      CHECK(kept == from);
+      CHECK(taken == from);
+      auto const& itself = copied;
+      copied = itself;
+      CHECK(copied == from);
+      if (from.rank() > 0) {   // a copy is a copy
+        copied[0] = 77;
+        CHECK(from[0] != 77);
+      }
+    }
+  static_assert([] {
+    dcp::Extents many = dcp::Extents::filled(12, 2), few{3};
+    few = many;
+    many[11] = 1;
+    return few.elements() == 4096 && many.elements() == 2048;
+  }());
 }

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
+// ctest: alone
 #include <dcp/checkpoint/load.hpp>
 #include <dcp/checkpoint/save.hpp>
 #include <dcp/comm/threads.hpp>
 #include <dcp/media/uring_fs.hpp>
 #include <dcp/storage/safetensors.hpp>
 
+#include "support/campaign.hpp"
+#include "support/kill_campaign.hpp"
 #include "support/temporary_directory.hpp"
 
 #include <doctest/doctest.h>
@@ -224,4 +227,11 @@ TEST_CASE("UringFs: a disk that refuses ends the save with an Error that names f
   CHECK(!std::filesystem::exists(directory.path() + "/ckpt"));
   save_pattern<dcp::BasicSafeTensors<dcp::UringFs>>(1, directory.path() + "/ckpt", dcp::DirectIo::automatic, 2, {8000});
   CHECK(std::filesystem::exists(directory.path() + "/ckpt/dcp.json"));
+}
+
+TEST_CASE("UringFs: ranks that are killed at any time, their writes in the kernel's hands, lose nothing") {
+  namespace kills = dcp::test::kills;
+  auto const seed = dcp::test::first_seed() + 2'000'000;
+  CAPTURE(seed);
+  kills::check(kills::campaign<dcp::UringFs>(seed, dcp::test::rounds(60, 600), kills::time_of()), 5);
 }

@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -151,10 +152,39 @@ class FaultyWritableFile final : public WritableFile {
     rules_->run(Call::close, path_, [&] { inner_->close(); });
   }
 
+  WritableFile& inner() { return *inner_; }
+  std::string const& path() const { return path_; }
+
  private:
   std::shared_ptr<Rules> rules_;
   std::unique_ptr<WritableFile> inner_;
   std::string path_;
+};
+
+/// A write is one call of Call::write, counted where it begins; what goes wrong with it is told where it ends.
+class FaultyQueue final : public WriteQueue {
+ public:
+  FaultyQueue(std::shared_ptr<Rules> rules, std::unique_ptr<WriteQueue> inner) : rules_{std::move(rules)}, inner_{std::move(inner)}, failures_(inner_->depth()) {}
+
+  std::size_t depth() const override { return inner_->depth(); }
+  void begin(WritableFile& file, std::uint64_t offset, ConstByteSpan bytes, std::size_t id) override {
+    auto& faulty = dynamic_cast<FaultyWritableFile&>(file);
+    auto const verdict = rules_->before(Call::write, faulty.path());
+    auto const moved = verdict.bytes ? std::min(*verdict.bytes, bytes.size()) : verdict.system_error != 0 && !verdict.after ? 0 : bytes.size();
+    failures_[id] = nullptr;
+    if (verdict.system_error != 0) failures_[id] = std::make_exception_ptr(Rules::failure(verdict.system_error, Call::write, faulty.path()));
+    inner_->begin(faulty.inner(), offset, bytes.first(moved), id);
+  }
+  Ended wait() override {
+    auto ended = inner_->wait();
+    if (!ended.failure) ended.failure = failures_[ended.id];
+    return ended;
+  }
+
+ private:
+  std::shared_ptr<Rules> rules_;
+  std::unique_ptr<WriteQueue> inner_;
+  std::vector<std::exception_ptr> failures_;   // injected, by id
 };
 
 class FaultyReadableFile final : public ReadableFile {
@@ -207,6 +237,10 @@ class FaultMedium {
       MediumModel<M> inner{inner_};
       return std::make_unique<faults::FaultyWritableFile>(rules_, inner.open_blocks(path, block, mode), path);
     });
+  }
+  std::unique_ptr<WriteQueue> open_queue(std::size_t depth) {
+    auto queue = MediumModel<M>{inner_}.open_queue(depth);
+    return queue ? std::make_unique<faults::FaultyQueue>(rules_, std::move(queue)) : nullptr;
   }
   std::unique_ptr<ReadableFile> open_read(std::string const& path) {
     return rules_->run(Call::open_read, path, [&] { return std::make_unique<faults::FaultyReadableFile>(rules_, inner_.open_read(path), path); });

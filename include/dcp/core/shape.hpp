@@ -12,20 +12,39 @@
 #include <ostream>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace dcp {
 
-/// The most dimensions a tensor may have. The models that people train have at most 8; every Extents pays for this many inline.
+/// The most dimensions a tensor may have. The models that people train have at most 8.
 inline constexpr int max_rank = 16;
 
-/// The sizes of a tensor's dimensions, outermost first. A small value without heap memory.
+/// The sizes of a tensor's dimensions, outermost first. A small value: plans hold millions of them, so the dimensions of nearly all tensors
+/// (convolutions of volumes have five) lie inside, and more on the heap.
 ///
 /// Throws    Error(limit) for more than max_rank dimensions, Error(invalid_argument) for a negative size
 /// Example   Extents{7, 5}.elements() == 35;  Extents{}.elements() == 1 (a scalar)
 class Extents {
  public:
   constexpr Extents() = default;
+  constexpr Extents(Extents const& other) : few_{other.few_} {
+    set_rank(other.rank_);
+    if (many_ != nullptr) std::copy(other.begin(), other.end(), many_);
+  }
+  constexpr Extents(Extents&& other) noexcept : few_{other.few_}, many_{std::exchange(other.many_, nullptr)}, rank_{std::exchange(other.rank_, 0)} {}
+  constexpr Extents& operator=(Extents const& other) {
+    if (many_ == nullptr && other.many_ == nullptr) few_ = other.few_, rank_ = other.rank_;
+    else if (this != &other) *this = Extents{other};
+    return *this;
+  }
+  constexpr Extents& operator=(Extents&& other) noexcept {
+    few_ = other.few_;
+    std::swap(many_, other.many_);
+    std::swap(rank_, other.rank_);
+    return *this;
+  }
+  constexpr ~Extents() { delete[] many_; }
   constexpr Extents(std::span<std::int64_t const> sizes) { assign(sizes); }
   template <std::size_t K>
   constexpr Extents(std::int64_t const (&sizes)[K]) {
@@ -43,16 +62,16 @@ class Extents {
   static constexpr Extents filled(int rank, std::int64_t value) {
     Extents result;
     if (rank < 0 || rank > max_rank) too_many(static_cast<std::size_t>(rank));
-    result.rank_ = rank;
-    for (int d = 0; d < rank; ++d) result.sizes_[static_cast<std::size_t>(d)] = value;
+    result.set_rank(rank);
+    std::fill_n(result.data(), rank, value);
     return result;
   }
 
   constexpr int rank() const { return rank_; }
-  constexpr std::int64_t operator[](int dim) const { return sizes_[static_cast<std::size_t>(dim)]; }
-  constexpr std::int64_t& operator[](int dim) { return sizes_[static_cast<std::size_t>(dim)]; }
-  constexpr std::int64_t const* begin() const { return sizes_.data(); }
-  constexpr std::int64_t const* end() const { return sizes_.data() + rank_; }
+  constexpr std::int64_t operator[](int dim) const { return begin()[dim]; }
+  constexpr std::int64_t& operator[](int dim) { return data()[dim]; }
+  constexpr std::int64_t const* begin() const { return many_ == nullptr ? few_.data() : many_; }
+  constexpr std::int64_t const* end() const { return begin() + rank_; }
 
   /// The product of the sizes. Throws Error(overflow) if it does not fit into 63 bits, whatever the order of the sizes.
   constexpr std::int64_t elements() const {
@@ -75,20 +94,28 @@ class Extents {
   }
 
  private:
+  static constexpr int inside = 5;
+
   constexpr void assign(std::span<std::int64_t const> sizes) {
     if (sizes.size() > max_rank) too_many(sizes.size());
-    for (std::size_t d = 0; d < sizes.size(); ++d) {
-      if (sizes[d] < 0) throw Error{ErrorCode::invalid_argument, "a dimension of size " + std::to_string(sizes[d])};
-      sizes_[d] = sizes[d];
-    }
-    rank_ = static_cast<int>(sizes.size());
+    for (auto const size : sizes)
+      if (size < 0) throw Error{ErrorCode::invalid_argument, "a dimension of size " + std::to_string(size)};
+    set_rank(static_cast<int>(sizes.size()));
+    std::copy(sizes.begin(), sizes.end(), data());
   }
+  // Of a new one.
+  constexpr void set_rank(int rank) {
+    if (rank > inside) many_ = new std::int64_t[static_cast<std::size_t>(rank)];
+    rank_ = rank;
+  }
+  constexpr std::int64_t* data() { return many_ == nullptr ? few_.data() : many_; }
   [[noreturn]] static void too_many(std::size_t rank) {
     throw Error{ErrorCode::limit, "a tensor of " + std::to_string(rank) + " dimensions; this library holds at most " + std::to_string(max_rank)};
   }
   [[noreturn]] static void overflow() { throw Error{ErrorCode::overflow, "the number of elements of a tensor does not fit into 63 bits"}; }
 
-  std::array<std::int64_t, max_rank> sizes_{};
+  std::array<std::int64_t, inside> few_{};
+  std::int64_t* many_ = nullptr;   // owned; where rank_ > inside
   int rank_ = 0;
 };
 
