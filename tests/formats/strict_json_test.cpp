@@ -21,7 +21,7 @@ class Listener : public dcp::detail::JsonReader<Listener> {
  public:
   std::string events;
 
-  void on_key(std::string const& key) { events += key + ':', skip_next_ = key == "skip"; }
+  void on_key(std::string_view key) { (events += key) += ':', skip_next_ = key == "skip"; }
   void on_open(bool object) {
     events += object ? '{' : '[';
     if (skip_next_) skip();
@@ -29,9 +29,9 @@ class Listener : public dcp::detail::JsonReader<Listener> {
   }
   void on_close() { events += ')'; }
   void on_scalar(dcp::detail::JsonScalar const& scalar) {
-    if (scalar.kind == dcp::detail::JsonKind::string && *scalar.text == "fault") fault(ErrorCode::bad_schema, "found fault");
+    if (scalar.kind == dcp::detail::JsonKind::string && scalar.text == "fault") fault(ErrorCode::bad_schema, "found fault");
     events += scalar.kind == dcp::detail::JsonKind::natural  ? std::to_string(scalar.natural)
-              : scalar.kind == dcp::detail::JsonKind::string ? *scalar.text
+              : scalar.kind == dcp::detail::JsonKind::string ? std::string{scalar.text}
                                                              : std::string{to_string(scalar.kind)};
     events += ' ';
   }

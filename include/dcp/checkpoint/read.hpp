@@ -239,8 +239,9 @@ class Reader {
         std::uint64_t const next = runs[run].at + in_run;
         if (next < at) break;   // two tensors of the state read the same bytes
         if (std::uint64_t const hole = next - at; hole > 0) {
-          // A hole inside a page costs the device nothing; larger ones may add a half to what is read.
-          if (hole > scratch.size() || (hole >= page_bytes && (hole > gap_bytes || (skipped + hole) * 2 > wanted + std::min(runs[run].bytes, cached_bytes)))) break;
+          // A hole inside a page costs the device nothing; larger ones add less than a half to what is read, headers included.
+          bool const worth = hole <= gap_bytes && (gaps + skipped + hole) * 32 <= (needed + wanted + std::min(runs[run].bytes, cached_bytes)) * 15;
+          if (hole > scratch.size() || (hole >= page_bytes && !worth)) break;
           pieces.push_back(scratch.first(hole));
           skipped += hole;
         }

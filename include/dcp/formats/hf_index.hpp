@@ -96,13 +96,13 @@ class IndexReader : public JsonReader<IndexReader> {
   bool has_map = false;
 
   template <class = Deferred>
-  void on_key(std::string const& key) {
+  void on_key(std::string_view key) {
     if (place_ == Place::top) {
       value_ = key == "metadata" ? Value::metadata : key == "weight_map" ? Value::map : Value::other;
       bool& seen = value_ == Value::map ? has_map : has_metadata_;
-      if (value_ != Value::other && std::exchange(seen, true)) fault(ErrorCode::duplicate_key, "the index has " + key + " twice");
+      if (value_ != Value::other && std::exchange(seen, true)) fault(ErrorCode::duplicate_key, "the index has " + std::string{key} + " twice");
     } else if (place_ == Place::metadata) {
-      metadata_keys.push_back(key);
+      metadata_keys.emplace_back(key);
     } else {
       if (index.weight_map.size() == options_.max_entries)
         throw Error{ErrorCode::limit, "the index lists more than " + std::to_string(options_.max_entries) + " tensors"}.with_hint(
@@ -133,15 +133,15 @@ class IndexReader : public JsonReader<IndexReader> {
     if (place_ == Place::map) {
       if (scalar.kind != JsonKind::string) return wrong(kind);
       try {
-        if (checked_.empty() || *scalar.text != checked_) check_file_name(*scalar.text, options_.allow_subdirectories);
+        if (checked_.empty() || scalar.text != checked_) check_file_name(scalar.text, options_.allow_subdirectories);
       } catch (Error const& error) {
         Error located{error.code(), error.message() + ", for tensor " + shown(index.weight_map.back().first)};
         return fault(located.with_hint(error.hint()));
       }
-      index.weight_map.back().second = checked_ = *scalar.text;
+      index.weight_map.back().second = checked_ = scalar.text;
     } else if (place_ == Place::metadata) {
       if (metadata_keys.back() != "total_size") {
-        if (scalar.kind == JsonKind::string) index.metadata.emplace_back(metadata_keys.back(), *scalar.text);
+        if (scalar.kind == JsonKind::string) index.metadata.emplace_back(metadata_keys.back(), scalar.text);
       } else if (scalar.kind == JsonKind::natural) {
         index.total_size = scalar.natural;
       } else {

@@ -112,7 +112,10 @@ class JsonTreeReader : public JsonReader<JsonTreeReader> {
   std::string characters;
 
   template <class = Deferred>
-  void on_key(std::string const& key) { name_ = key; }
+  void on_key(std::string_view key) {
+    characters.append(key);
+    name_bytes_ = key.size();
+  }
   template <class = Deferred>
   void on_open(bool object) {
     open_.push_back(nodes.size());
@@ -126,18 +129,18 @@ class JsonTreeReader : public JsonReader<JsonTreeReader> {
   template <class = Deferred>
   void on_scalar(JsonScalar const& scalar) {
     constexpr std::array kinds{JsonNodeKind::null, JsonNodeKind::boolean, JsonNodeKind::number, JsonNodeKind::number, JsonNodeKind::string};
-    add(kinds[static_cast<std::size_t>(scalar.kind)], scalar.text != nullptr ? std::string_view{*scalar.text} : scalar.spelling);
+    add(kinds[static_cast<std::size_t>(scalar.kind)], scalar.text);
   }
 
  private:
   template <class = Deferred>
   void add(JsonNodeKind kind, std::string_view text) {
-    nodes.push_back({kind, static_cast<std::uint32_t>(name_.size()), static_cast<std::uint32_t>(text.size()), characters.size(), static_cast<std::uint32_t>(nodes.size() + 1)});
-    characters.append(name_).append(text);
-    name_.clear();
+    nodes.push_back({kind, static_cast<std::uint32_t>(name_bytes_), static_cast<std::uint32_t>(text.size()), characters.size() - name_bytes_, static_cast<std::uint32_t>(nodes.size() + 1)});
+    characters.append(text);
+    name_bytes_ = 0;
   }
 
-  std::string name_;
+  std::size_t name_bytes_ = 0;   // at the end of `characters`: of the name whose value comes next
   std::vector<std::size_t> open_;
 };
 

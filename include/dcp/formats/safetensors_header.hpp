@@ -328,9 +328,9 @@ class ShardingReader : public JsonReader<ShardingReader> {
   ShardingInfo info;
 
   template <class = Deferred>
-  void on_key(std::string const& key) {
+  void on_key(std::string_view key) {
     if (depth_ == 1) {
-      auto const [entry, fresh] = info.try_emplace(key);
+      auto const [entry, fresh] = info.try_emplace(std::string{key});
       if (!fresh) fault(ErrorCode::duplicate_key, "DCP_SHARDING_INFO has " + tensor_called(key) + " twice");
       entry_ = &*entry;
       has_offsets_ = false;

@@ -36,8 +36,7 @@ enum class JsonKind : std::uint8_t { null, boolean, natural, other_number, strin
 struct JsonScalar {
   JsonKind kind = JsonKind::null;
   std::uint64_t natural = 0;            // an integer from 0 to 2^64 - 1 without sign, fraction or exponent
-  std::string const* text = nullptr;    // of a string, unescaped
-  std::string_view spelling = {};       // of everything else, as it stands in the document
+  std::string_view text = {};           // of a string, unescaped; of everything else, as it stands in the document. For the call only
 };
 
 template <class = Deferred>
@@ -57,7 +56,7 @@ std::string shown(std::string_view name) {
 }
 
 /// Base of a reader of one JSON document. `Derived` has on_open(bool object), on_close(),
-/// on_key(std::string const&) and on_scalar(JsonScalar const&).
+/// on_key(std::string_view), of which nothing is kept, and on_scalar(JsonScalar const&).
 ///
 /// skip()    inside on_open(): nothing of this container is reported, its on_close() included
 /// fault()   keeps the first fault; nothing is reported after it, and the document is still checked to its end
@@ -78,7 +77,7 @@ class JsonReader {
 
   Derived& derived() { return static_cast<Derived&>(*this); }
   bool reporting() const { return skipped_depth_ == 0 && !fault_; }
-  void key(std::string const& name) {
+  void key(std::string_view name) {
     if (reporting()) derived().on_key(name);
   }
   void value(JsonScalar const& scalar) {
@@ -149,8 +148,9 @@ class JsonText {
 
   template <class Derived>
   bool key(JsonReader<Derived>& reader) {
-    if (!string()) return false;
-    reader.key(string_);
+    std::string_view name;
+    if (!string(name)) return false;
+    reader.key(name);
     if (next() != ':') return false;
     ++at_;
     return true;
@@ -160,8 +160,8 @@ class JsonText {
   bool scalar(char first, JsonReader<Derived>& reader) {
     JsonScalar value;
     if (first == '"') {
-      if (!string()) return false;
-      value = {JsonKind::string, 0, &string_};
+      if (!string(value.text)) return false;
+      value.kind = JsonKind::string;
     } else if (first == '-' || is_digit(first)) {
       if (!number(value)) return false;
     } else {
@@ -170,7 +170,7 @@ class JsonText {
         if (peek() != letter) return false;
         ++at_;
       }
-      value = {first == 'n' ? JsonKind::null : JsonKind::boolean, 0, nullptr, word};
+      value = {first == 'n' ? JsonKind::null : JsonKind::boolean, 0, word};
     }
     reader.value(value);
     return true;
@@ -190,7 +190,7 @@ class JsonText {
     while (at_ - first < 19 && is_digit(peek())) natural = natural * 10 + static_cast<std::uint64_t>(*at_++ - '0');
     if (at_ != first && (*first != '0' || at_ - first == 1))
       if (char const after = peek(); !is_digit(after) && after != '.' && after != 'e' && after != 'E') {
-        value = {JsonKind::natural, natural, nullptr, {first, static_cast<std::size_t>(at_ - first)}};
+        value = {JsonKind::natural, natural, {first, static_cast<std::size_t>(at_ - first)}};
         return true;
       }
     at_ = first;
@@ -206,7 +206,7 @@ class JsonText {
       if (peek() == '-' || peek() == '+') ++at_;
       if (!digits()) return false;
     }
-    value = {JsonKind::other_number, 0, nullptr, {first, static_cast<std::size_t>(at_ - first)}};
+    value = {JsonKind::other_number, 0, {first, static_cast<std::size_t>(at_ - first)}};
     if (first == whole && whole_end == at_ && std::from_chars(first, at_, value.natural).ec == std::errc{}) {
       value.kind = JsonKind::natural;
       return true;
@@ -233,17 +233,23 @@ class JsonText {
     return exponent > 0;
   }
 
-  // Reads a string with its quotes into string_.
-  bool string() {
+  // Reads a string with its quotes: `text` lies in the document, or in unescaped_ until the next string.
+  bool string(std::string_view& text) {
     if (peek() != '"') return false;
-    ++at_;
-    string_.clear();
-    for (;;) {
-      char const* const run = at_;
-      skip_plain();
-      string_.append(run, at_);
+    char const* run = ++at_;
+    skip_plain();
+    if (peek() == '"') {
+      text = {run, static_cast<std::size_t>(at_++ - run)};
+      return true;
+    }
+    for (unescaped_.clear();; run = at_, skip_plain()) {
+      unescaped_.append(run, at_);
       char const c = peek();
-      if (c == '"') return ++at_, true;
+      if (c == '"') {
+        ++at_;
+        text = unescaped_;
+        return true;
+      }
       if (c != '\\') return false;   // a control character, or the end
       ++at_;
       if (!escape()) return false;
@@ -273,7 +279,7 @@ class JsonText {
       auto const which = letters.find(c);
       if (which == std::string_view::npos) return false;
       ++at_;
-      string_ += meanings[which];
+      unescaped_ += meanings[which];
       return true;
     }
     ++at_;
@@ -290,8 +296,8 @@ class JsonText {
     }
     int const more = point < 0x80 ? 0 : point < 0x800 ? 1 : point < 0x10000 ? 2 : 3;
     constexpr std::array<std::uint32_t, 4> leads{0, 0xC0, 0xE0, 0xF0};
-    string_ += static_cast<char>(leads[static_cast<std::size_t>(more)] | point >> 6 * more);
-    for (int k = more; k-- > 0;) string_ += static_cast<char>(0x80 | (point >> 6 * k & 0x3F));
+    unescaped_ += static_cast<char>(leads[static_cast<std::size_t>(more)] | point >> 6 * more);
+    for (int k = more; k-- > 0;) unescaped_ += static_cast<char>(0x80 | (point >> 6 * k & 0x3F));
     return true;
   }
   bool hex4(std::uint32_t& unit) {
@@ -309,7 +315,7 @@ class JsonText {
   char const* at_;
   char const* end_;
   char const* problem_ = "is not JSON";
-  std::string string_;   // the key or text last read
+  std::string unescaped_;   // the key or text last read, where it has escapes
 };
 
 /// Reports the document in `bytes` to `reader`, then throws the reader's fault if there was one.
