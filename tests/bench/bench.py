@@ -223,6 +223,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="without cold caches and small tensors")
     parser.add_argument("--json")
     parser.add_argument("--svg")
+    parser.add_argument("--markdown", help="the table of README.md")
     arguments = parser.parse_args()
     bench = Bench(arguments)
     bench.run()
@@ -232,6 +233,8 @@ def main():
     print(f"{missed} targets missed" if missed else "all targets met")
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps({"machine": machine, "rows": bench.rows, "limits": bench.limits}, indent=1))
+    if arguments.markdown:
+        pathlib.Path(arguments.markdown).write_text(table(bench.rows, bench.limits))
     if arguments.svg:
         pathlib.Path(arguments.svg).write_text(chart(bench.rows, machine))
 
@@ -246,6 +249,21 @@ def processor():
 def versions():
     from importlib.metadata import version
     return {name: version(name) for name in ("torch", "safetensors")}
+
+
+NAMES = {"hf writer, consolidated": "HuggingFaceStorageWriter, consolidated", "O_DIRECT, 1 in flight": "O_DIRECT writes, one in flight, and fsync"}
+
+
+def table(rows, limits):
+    def seconds(values):
+        return f"{statistics.median(values):.3f} s [{min(values):.3f} {max(values):.3f}]"
+
+    out = ["| work | dcp | against | times as fast |", "|---|---|---|---|"]
+    for row in rows:
+        work = row["work"] + (f", {row['cache']}" if row["cache"] != "-" else "") + (f" ({row['ours'].removeprefix('dcp, ')})" if row["ours"] != "dcp" else "")
+        out.append(f"| {work} | {seconds(row['seconds'])} | {NAMES.get(row['against'], row['against'])} {seconds(row['against_seconds'])} | {row['ratio']:.2f} |")
+    out += [f"| {limit['work']}: {limit['what']} | {limit['value']:.2f} {limit['unit']} | | |" for limit in limits if limit["unit"] != "MiB"]
+    return "\n".join(out) + "\n"
 
 
 def chart(rows, machine):

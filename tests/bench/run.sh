@@ -6,7 +6,8 @@
 #   tests/bench/run.sh --quick    three turns, warm, large tensors: a minute's look
 #   tests/bench/run.sh --only save,load,small,open,plan
 #
-# Installs what is missing, builds with -O2, prints one table and writes it to build/bench/results.json and build/bench/results.svg.
+# Installs what is missing, builds with -O2, prints one table and writes it to build/bench/results.json, .svg (the chart) and .md (the
+# table of README.md).
 # Rows are medians with the smallest and largest turn in brackets. Environment: DCP_BENCH_DIR (build/bench/work: where checkpoints are
 # written, about 6 GiB), DCP_CACHE (~/.cache/dcp: the PyTorch environment).
 set -eu -o pipefail
@@ -18,7 +19,7 @@ options=()
 for argument in "$@"; do
   case $argument in
     --quick) options+=(--repeats 4 --quick) ;;
-    --help) sed -n '3,12s/^# \{0,1\}//p' "$0"; exit ;;
+    --help) sed -n '3,13s/^# \{0,1\}//p' "$0"; exit ;;
     *) options+=("$argument") ;;
   esac
 done
@@ -35,4 +36,4 @@ mpirun=(mpirun)
 if [ "$(id -u)" -eq 0 ]; then mpirun+=(--allow-run-as-root); fi
 if dcp_has liburing-dev; then options+=(--uring); fi
 exec "$dcp_python" tests/bench/bench.py --program build/bench/bench_ranks --simulate build/bench/bench_simulate --mpirun "${mpirun[*]} --oversubscribe" --work "${DCP_BENCH_DIR:-build/bench/work}" \
-  --json build/bench/results.json --svg build/bench/results.svg "${options[@]}"
+  --json build/bench/results.json --svg build/bench/results.svg --markdown build/bench/results.md "${options[@]}"
