@@ -126,7 +126,8 @@ constexpr Box box_at(Layout const& layout, MeshGeometry::Coordinate const& coord
 }
 
 /// The same for `rank` of the communicator; nothing if it is outside the tensor's mesh.
-constexpr std::optional<Box> box_of_rank(Layout const& layout, std::int64_t rank) {
+template <class = Deferred>
+std::optional<Box> box_of_rank(Layout const& layout, std::int64_t rank) {
   auto const coordinate = layout.mesh.coordinate_of(rank);
   if (!coordinate) return std::nullopt;
   return box_at(layout, *coordinate);
@@ -177,7 +178,8 @@ constexpr HeldPart held_at(Layout const& layout, MeshGeometry::Coordinate const&
 }
 
 /// What `rank` of the communicator holds; nothing if it is outside the tensor's mesh.
-constexpr std::optional<HeldPart> held_by(Layout const& layout, std::int64_t rank) {
+template <class = Deferred>
+std::optional<HeldPart> held_by(Layout const& layout, std::int64_t rank) {
   auto const coordinate = layout.mesh.coordinate_of(rank);
   if (!coordinate) return std::nullopt;
   return held_at(layout, *coordinate);
@@ -396,7 +398,9 @@ template <class P, int N>
 constexpr Box local_box(DeviceMesh<N> const& mesh, Extents const& shape) {
   [[maybe_unused]] detail::a_placement<P> placement;   // here as well: the fewer calls between, the shorter the compiler's message
   [[maybe_unused]] detail::one_rule_per_axis<detail::rules_given<P, N>, N> rules;
-  return box_of_rank(layout_of<P>(mesh, shape), mesh.rank()).value_or(nothing_of(shape));
+  Layout const layout = layout_of<P>(mesh, shape);
+  auto const coordinate = layout.mesh.coordinate_of(mesh.rank());
+  return coordinate ? box_at(layout, *coordinate) : nothing_of(shape);
 }
 template <class P, int N, std::size_t K>
 constexpr Box local_box(DeviceMesh<N> const& mesh, std::int64_t const (&shape)[K]) {
