@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// The part of a save that ranks do together once all is planned: bytes of blocks that another rank owns go to their owner through the
+// communicator, in rounds that a fixed budget bounds. What then is to be written, by this rank alone, goes to a sink: straight to the
+// files in a save, to staging memory in a save in the background.
+
+#include <dcp/base/config.hpp>
+#include <dcp/checkpoint/report.hpp>
+#include <dcp/comm/agree.hpp>
+#include <dcp/plan/save_plan.hpp>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace dcp::detail {
+
+/// Memory for bytes of a file on their way there, as long as somebody keeps it.
+struct Staged {
+  ByteSpan bytes;
+  std::shared_ptr<void> owner;
+};
+
+/// `Sink`:   direct(file, range)            a range of a file that this rank owns and has all bytes of, of any length
+///           most_bytes()                   of a segment
+///           segment(bytes) -> Staged       memory to gather a segment in
+///           end_of_round()                 before the segments of a round are handed over
+///           ready(file, range, Staged)     a segment that is complete
+/// Throws    the same Error on all ranks, whatever fails on one of them
+template <class Sink>
+class Exchange {
+ public:
+  Exchange(CommRef comm, SavePlan const& plan, std::uint64_t round_bytes, Stopwatch& watch, Sink& sink)
+      : comm_{comm}, plan_{plan}, round_bytes_{round_bytes}, watch_{watch}, sink_{sink}, windows_{plan.files(), plan.slots(), round_bytes} {}
+
+  /// Rounds. In each, every rank looks ahead as far as the budget carries it; the shortest look decides how far all go. Collective.
+  void run() {
+    watch_.enter("exchange");
+    std::uint64_t const end = comm_.size() == 1 ? 0 : windows_.size();
+    for (std::uint64_t next = 0; next < end;) {
+      std::vector<SavePlan::Window> planned;
+      std::uint64_t sent = 0, owned = 0, reach = next;
+      std::exception_ptr failure;
+      try {
+        for (; reach < end; ++reach) {
+          auto const at = windows_[reach];
+          SavePlan::Window window = plan_.window(at.file, at.range.begin, at.range.end);
+          std::uint64_t more_sent = 0, more_owned = 0;
+          for (auto const& part : window.outgoing) more_sent += part.range.size();
+          for (auto const& range : window.gathered) more_owned += range.size();
+          if (reach > next && (sent + more_sent > round_bytes_ || owned + more_owned > round_bytes_)) break;
+          sent += more_sent, owned += more_owned;
+          planned.push_back(std::move(window));
+          if (reach % 256 == 0) comm_.progress();
+        }
+      } catch (...) {
+        // Nobody goes on without this rank: the round has no windows, and its agreement tells all why.
+        failure = std::current_exception();
+        reach = next;
+      }
+      std::uint64_t const horizon = all_reduce_min(comm_, reach);
+      planned.resize(static_cast<std::size_t>(horizon - next));
+      round(next, planned, failure);
+      for (std::size_t w = 0; w < planned.size(); ++w)
+        for (auto const& range : planned[w].direct) sink_.direct(windows_[next + w].file, range);
+      next = horizon;
+    }
+    for (std::uint32_t f = 0; f < plan_.files().size(); ++f)
+      if (comm_.size() == 1 || plan_.files()[f].only_rank >= 0) sink_.direct(f, {0, plan_.files()[f].size});
+  }
+
+ private:
+  struct Segment {
+    std::uint32_t file;
+    FileRange range;
+    Staged memory;
+    std::vector<FileRange> filled;
+  };
+
+  void round(std::uint64_t first, std::vector<SavePlan::Window> const& windows, std::exception_ptr const& failure) {
+    std::vector<Segment> segments;
+    std::vector<Message> outgoing;
+    agree(comm_, "save: exchange", [&] {
+      if (failure) std::rethrow_exception(failure);
+      std::map<std::int64_t, ByteWriter> messages;
+      std::map<std::int64_t, std::uint64_t> sizes;
+      for (auto const& window : windows)
+        for (auto const& part : window.outgoing) sizes[part.owner] += part.range.size() + 24;
+      for (auto const& [owner, size] : sizes) messages[owner].reserve(size);
+      for (std::size_t w = 0; w < windows.size(); ++w) {
+        std::uint32_t const f = windows_[first + w].file;
+        for (auto const& part : windows[w].outgoing) {
+          auto const run = messages[part.owner].number(f).number(part.range.begin).block_to_fill(part.range.size());
+          plan_.gather_transfer(part.transfer, part.range, run.data());
+          watch_.here().bytes += run.size();
+        }
+        for (auto const& range : windows[w].gathered) {
+          for (FileRange rest = range; rest.begin < rest.end; rest.begin = segments.back().range.end) {
+            FileRange const part{rest.begin, rest.begin + std::min(rest.size(), sink_.most_bytes())};
+            Segment& segment = segments.emplace_back(Segment{f, part, sink_.segment(part.size()), {}});
+            plan_.gather(f, part.begin, part.end, segment.memory.bytes.data());
+            plan_.for_each_local_run(f, part.begin, part.end, [&](std::uint32_t, FileRange local) { segment.filled.push_back(local); });
+          }
+        }
+      }
+      for (auto& [owner, message] : messages) {
+        outgoing.push_back({static_cast<int>(owner), message.take()});
+        ++watch_.here().operations;
+      }
+    });
+    auto const incoming = comm_.exchange(std::move(outgoing));
+    agree(comm_, "save: exchange", [&] {
+      for (auto const& message : incoming)
+        for (ByteReader in{message.bytes}; !in.done();) {
+          auto const f = in.number<std::uint32_t>();
+          auto const begin = in.number<std::uint64_t>();
+          auto const run = in.block();
+          if (!in.ok()) throw Error{ErrorCode::unknown, "a message with data from rank " + std::to_string(message.rank) + " is damaged"};
+          accept(segments, f, begin, run);
+        }
+      for (auto& segment : segments) require_complete(segment);
+      sink_.end_of_round();
+      for (auto& segment : segments) sink_.ready(segment.file, segment.range, std::move(segment.memory));
+    });
+  }
+
+  static void accept(std::vector<Segment>& segments, std::uint32_t f, std::uint64_t begin, ConstByteSpan run) {
+    // A sender cuts its runs where the owner changes, not where a segment of the owner ends.
+    while (!run.empty()) {
+      auto const at = std::partition_point(segments.begin(), segments.end(), [&](Segment const& s) { return s.file != f ? s.file < f : s.range.end <= begin; });
+      if (at == segments.end() || at->file != f || at->range.begin > begin) throw Error{ErrorCode::incomplete, "data came for bytes that this rank does not own"}.with_range(begin, begin + run.size());
+      auto const part = run.first(static_cast<std::size_t>(std::min<std::uint64_t>(run.size(), at->range.end - begin)));
+      std::memcpy(at->memory.bytes.data() + (begin - at->range.begin), part.data(), part.size());
+      at->filled.push_back({begin, begin + part.size()});
+      begin += part.size();
+      run = run.subspan(part.size());
+    }
+  }
+
+  void require_complete(Segment& segment) const {
+    std::sort(segment.filled.begin(), segment.filled.end(), [](auto const& a, auto const& b) { return a.begin < b.begin; });
+    std::uint64_t at = segment.range.begin;
+    for (auto const& run : segment.filled) {
+      if (run.begin != at) break;
+      at = run.end;
+    }
+    std::uint64_t sum = 0;
+    for (auto const& run : segment.filled) sum += run.size();
+    if (at != segment.range.end || sum != segment.range.size())
+      throw Error{ErrorCode::incomplete, sum > segment.range.size() ? "two ranks sent the same bytes" : "a part of the bytes came from nobody"}
+          .with_path(plan_.files()[segment.file].path)
+          .with_range(segment.range.begin, segment.range.end);
+  }
+
+  CommRef comm_;
+  SavePlan const& plan_;
+  std::uint64_t round_bytes_;
+  Stopwatch& watch_;
+  Sink& sink_;
+  SharedWindows windows_;
+};
+
+}  // namespace dcp::detail
