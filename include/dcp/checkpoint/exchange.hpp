@@ -7,6 +7,7 @@
 #include <dcp/base/config.hpp>
 #include <dcp/checkpoint/report.hpp>
 #include <dcp/comm/agree.hpp>
+#include <dcp/io/staging_pool.hpp>
 #include <dcp/plan/save_plan.hpp>
 
 #include <algorithm>
@@ -20,12 +21,6 @@
 #include <vector>
 
 namespace dcp::detail {
-
-/// Memory for bytes of a file on their way there, as long as somebody keeps it.
-struct Staged {
-  ByteSpan bytes;
-  std::shared_ptr<void> owner;
-};
 
 /// `Sink`:   direct(file, range)            a range of a file that this rank owns and has all bytes of, of any length
 ///           most_bytes()                   of a segment

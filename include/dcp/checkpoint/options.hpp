@@ -45,6 +45,7 @@ using ProgressCallback = std::function<void(Progress const&)>;
 
 inline constexpr std::uint64_t default_memory_bytes = 256 << 20;
 inline constexpr std::uint64_t least_memory_bytes = 16 << 20;
+inline constexpr std::uint64_t default_staging_bytes = std::uint64_t{8} << 30;
 
 template <class S>
 struct SaveOptions {
@@ -56,6 +57,9 @@ struct SaveOptions {
   DirectIo direct_io = DirectIo::automatic;                      // past the page cache: a load that follows at once reads from the disk
   std::int64_t writers_per_file = 16;                            // ranks that open one file; others send their bytes to them
   std::chrono::milliseconds visible_within = std::chrono::seconds{30};   // how long a rank waits to see what rank 0 made, on network file systems
+  // Of saves in the background.
+  std::uint64_t staging_bytes = default_staging_bytes;           // of the copy on this rank; a larger part is copied as fast as it is written
+  std::chrono::milliseconds deadline = std::chrono::minutes{10}; // how long a rank may give no sign of life while others wait for it
   ProgressCallback progress = {};
   typename detail::options_of<S>::type storage = {};
 };
@@ -92,7 +96,7 @@ using LoadSettings = LoadOptions<detail::no_options>;
 namespace detail {
 template <class S>
 SaveSettings settings_of(SaveOptions<S> const& o) {
-  return {o.if_exists, o.check, o.checksums, o.memory_bytes, o.threads, o.direct_io, o.writers_per_file, o.visible_within, o.progress, {}};
+  return {o.if_exists, o.check, o.checksums, o.memory_bytes, o.threads, o.direct_io, o.writers_per_file, o.visible_within, o.staging_bytes, o.deadline, o.progress, {}};
 }
 template <class S>
 LoadSettings settings_of(LoadOptions<S> const& o) {

@@ -143,6 +143,12 @@ void list_files(AnyMedium& medium, std::string const& directory, std::string con
   }
 }
 
+template <class = Deferred>
+Error already_there(std::string const& place) {
+  Error error{ErrorCode::already_exists, "Checkpoint already exists: " + place};
+  return error.with_path(place).with_hint("SaveOptions::if_exists = IfExists::replace replaces it when the new one is complete");
+}
+
 /// An attempt from its creation to its publication, on the rank that does these things. What it leaves behind when it dies is what
 /// the comment above says.
 template <class = Deferred>
@@ -151,7 +157,8 @@ class Attempt {
   /// Looks, cleans, refuses, creates. Throws Error(already_exists) as `replace` says, Error(io), Error(unsupported).
   ///
   /// `carried`: names of files that the new checkpoint will hold although no storage plans them
-  Attempt(AnyMedium& medium, std::string const& place, bool replace, std::vector<std::string> const& carried, CommitRecord record) : medium_{medium}, record_{std::move(record)} {
+  /// `id`: where others know it already
+  Attempt(AnyMedium& medium, std::string const& place, bool replace, std::vector<std::string> const& carried, CommitRecord record, std::string id = random_id()) : medium_{medium}, record_{std::move(record)} {
     place_ = medium.resolve_place(place);
     auto const [parent, name] = split_path(place_);
     parent_ = parent;
@@ -172,13 +179,12 @@ class Attempt {
       if (sibling.record) sequence = std::max(sequence, sibling.record->sequence);
     clean(siblings, occupant);
     if (occupant.kind != Occupant::Kind::nothing) {
-      if (!replace)
-        throw Error{ErrorCode::already_exists, "Checkpoint already exists: " + place_}.with_path(place_).with_hint("SaveOptions::if_exists = IfExists::replace replaces it when the new one is complete");
+      if (!replace) throw already_there(place_);
       refuse_unlisted(occupant, carried);
       old_ = std::move(occupant.record);
     }
-    record_.id = random_id();
-    record_.sequence = sequence + 1;
+    record_.id = std::move(id);
+    record_.sequence = std::max(record_.sequence, sequence + 1);
     record_.committed = false;
     path_ = place_ + std::string{attempt_infix} + record_.id;
     try {
@@ -188,7 +194,7 @@ class Attempt {
       if (!lease_) throw Error{ErrorCode::io, "somebody else holds the lease of a directory that has just been made"}.with_path(path_);
       // What is being saved is nobody's business until it is complete.
       CommitRecord open;
-      open.id = record_.id, open.sequence = record_.sequence, open.storage = record_.storage, open.file_layout = record_.file_layout;
+      open.id = record_.id, open.sequence = record_.sequence, open.run = record_.run, open.storage = record_.storage, open.file_layout = record_.file_layout;
       Bytes none;
       write_file_durably(medium, path_, std::string{record_name}, write_record(open, none));
       medium.sync_directory(parent_);
@@ -266,6 +272,25 @@ class Attempt {
     } catch (...) {
       // It stays, and the next save removes it.
     }
+  }
+
+  /// Instead of abandon(), where others wait for the outcome: its data goes, and a file called `name` with `message` stays, until abandon()
+  /// or the next save.
+  void leave_word(std::string const& name, ConstByteSpan message) noexcept {
+    if (!created_ || committed_) return;
+    try {
+      // The record first: it may say "committed" already, and the sync after that have failed.
+      medium_.remove_file(path_ + '/' + std::string{record_name});
+      medium_.sync_directory(path_);
+      for (auto const& entry : medium_.list(path_)) {
+        std::string const path = path_ + '/' + entry.name;
+        if (entry.kind == EntryKind::directory) medium_.remove_tree(path);
+        else if (entry.name != lease_name) medium_.remove_file(path);
+      }
+      write_file_durably(medium_, path_, name, message);
+    } catch (...) {
+    }
+    lease_.reset();
   }
 
   /// Directories of the attempt, inner ones first.

@@ -280,31 +280,64 @@ void commit_attempt(AnyMedium& medium, Attempt<>& attempt, std::map<std::string,
   attempt.commit();
 }
 
+/// What ranks have agreed to save, and where which byte of it goes. Moves as a whole: plans refer to it.
+struct PlannedSave {
+  AgreedState agreed;
+  std::optional<PlannedState> plan;
+  std::string options;   // in effect, in words
+};
+
+template <class = Deferred>
+std::string options_in_words(AnyStorage const& storage, SaveSettings const& settings) {
+  return std::string{storage.name()} + ' ' + storage.options_text() + (settings.if_exists == IfExists::replace ? " replace" : " fail") + (settings.check == Check::contents ? " check=contents" : "") +
+         (settings.checksums ? "" : " checksums=none") + " writers_per_file=" + std::to_string(settings.writers_per_file);
+}
+
+/// Agreement and plan. Collective; nothing is touched.
+///
+/// `values`: becomes what is stored of values, on rank 0
+template <class = Deferred>
+std::shared_ptr<PlannedSave const> agree_and_plan(CommRef comm, AnyStorage const& storage, PlaceRef const& place, StateDict const& state, SaveSettings const& settings, Stopwatch& watch, std::vector<std::pair<std::string, Value>>& values) {
+  watch.enter("agree");
+  auto planned = std::make_shared<PlannedSave>();
+  planned->options = options_in_words(storage, settings);
+  agree(comm, "save: agree", [&] {
+    check_resources(settings.memory_bytes, settings.threads);
+    if (settings.writers_per_file < 1) throw Error{ErrorCode::invalid_argument, "writers_per_file is " + std::to_string(settings.writers_per_file)};
+    if (!place.medium->renames_directories()) throw Error{ErrorCode::unsupported, "this medium cannot rename directories, which publishing a checkpoint needs"};
+  });
+  planned->agreed = agree_state(comm, "save: agree", state, planned->options + " place=" + place.path, true);
+  if (settings.check == Check::contents) compare_replicas(comm, planned->agreed);
+
+  watch.enter("plan");
+  Bytes own;
+  planned->plan = agree(comm, "save: plan", [&] {
+    own = own_values(planned->agreed, comm.rank());
+    return PlannedState::of(planned->agreed, storage, comm.rank(), comm.size());
+  });
+  values = collect_values(comm, planned->agreed, own);
+  return planned;
+}
+
+/// What a report says of the state that was saved.
+template <class = Deferred>
+void describe_saved(PlannedSave const& planned, Report& report) {
+  report.tensors = planned.agreed.tensors.size();
+  report.values = planned.agreed.values.size();
+  for (auto const& tensor : planned.agreed.tensors) report.tensor_bytes += bytes_of(tensor.dtype, tensor.layout.shape.elements());
+  report.options = planned.options;
+}
+
 template <class = Deferred>
 Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place, StateDict const& state, SaveSettings const& settings) {
   Stopwatch watch;
   Report report;
   report.operation = "save";
   AnyMedium& medium = *place.medium;
-
-  watch.enter("agree");
-  std::string const options = std::string{storage.name()} + ' ' + storage.options_text() + (settings.if_exists == IfExists::replace ? " replace" : " fail") +
-                              (settings.check == Check::contents ? " check=contents" : "") + (settings.checksums ? "" : " checksums=none") + " writers_per_file=" + std::to_string(settings.writers_per_file);
-  agree(comm, "save: agree", [&] {
-    check_resources(settings.memory_bytes, settings.threads);
-    if (settings.writers_per_file < 1) throw Error{ErrorCode::invalid_argument, "writers_per_file is " + std::to_string(settings.writers_per_file)};
-    if (!medium.renames_directories()) throw Error{ErrorCode::unsupported, "this medium cannot rename directories, which publishing a checkpoint needs"};
-  });
-  AgreedState const agreed = agree_state(comm, "save: agree", state, options + " place=" + place.path, true);
-  if (settings.check == Check::contents) compare_replicas(comm, agreed);
-
-  watch.enter("plan");
-  Bytes own;
-  PlannedState const plan = agree(comm, "save: plan", [&] {
-    own = own_values(agreed, comm.rank());
-    return PlannedState::of(agreed, storage, comm.rank(), comm.size());
-  });
-  auto values = collect_values(comm, agreed, own);
+  std::vector<std::pair<std::string, Value>> values;
+  auto const planned = agree_and_plan(comm, storage, place, state, settings, watch, values);
+  AgreedState const& agreed = planned->agreed;
+  PlannedState const& plan = *planned->plan;
 
   watch.enter("attempt");
   std::unique_ptr<Attempt<>> attempt;
@@ -365,10 +398,7 @@ Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
       report.warnings.push_back("the old checkpoint could not be removed: " + error.message());
     }
   }
-  report.tensors = agreed.tensors.size();
-  report.values = agreed.values.size();
-  for (auto const& tensor : agreed.tensors) report.tensor_bytes += bytes_of(tensor.dtype, tensor.layout.shape.elements());
-  report.options = options;
+  describe_saved(*planned, report);
   watch.collect(comm, report);
   return report;
 }

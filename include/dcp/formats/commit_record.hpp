@@ -61,9 +61,16 @@ struct RecordTensor {
   DType dtype{};
   Extents shape;
 };
+/// Of a checkpoint that a manager keeps: where in a training run it stands.
+struct RecordRun {
+  std::int64_t step = -1;           // -1: no manager's
+  bool measured = false;
+  double metric = 0;                // if measured: what keep_best compares
+  friend bool operator==(RecordRun const&, RecordRun const&) = default;
+};
 struct CommitRecord {
   std::string id;                   // 16 hexadecimal digits, random
-  std::uint64_t sequence = 0;       // grows with every save to a place
+  std::uint64_t sequence = 0;       // grows with every save to a place; with every save of a manager to any step
   bool committed = false;
   std::string storage;              // "safetensors"
   std::string file_layout;          // "final", "sharded"
@@ -72,6 +79,7 @@ struct CommitRecord {
   std::vector<RecordTensor> tensors;
   std::vector<std::pair<std::string, Value>> values;
   std::vector<std::pair<std::string, std::string>> ties;   // dropped, kept
+  RecordRun run;
 };
 
 namespace detail {
@@ -254,6 +262,8 @@ CommitRecord parse_fields(JsonValue const& json, ConstByteSpan large, bool with_
   record.committed = text(json, "state") == "committed";
   record.storage = text(json, "storage");
   record.file_layout = text(json, "file_layout");
+  if (json.contains("step")) record.run.step = json.at("step").template number<std::int64_t>();
+  if (json.contains("metric")) record.run.measured = true, record.run.metric = json.at("metric").template number<double>();
   for (auto const& f : json.at("files").items()) {
     bool const summed = f.contains("crc64");
     RecordFile file{text(f, "path"), f.at("size").template number<std::uint64_t>(), summed ? checksum(f, "crc64") : 0, summed ? checksum(f, "chunks_crc64") : 0,
@@ -286,6 +296,8 @@ Bytes write_record(CommitRecord const& record, Bytes& large) {
   field("state") += record.committed ? "\"committed\"" : "\"open\"";
   field("storage") += json_quoted(record.storage);
   field("file_layout") += json_quoted(record.file_layout);
+  if (record.run.step >= 0) field("step") += std::to_string(record.run.step);
+  if (record.run.measured) field("metric") += detail::number_to_json(record.run.metric);
   field("chunk_bytes") += std::to_string(chunk_bytes);
   auto const list = [&](std::string_view name, auto const& items, auto line) {
     field(name) += '[';
