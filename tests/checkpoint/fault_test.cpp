@@ -2,6 +2,7 @@
 // ctest: alone
 // Storage that fails and ranks that fail, in every phase of a save and a load: all ranks return in time with one Error, and what was
 // there before is still there.
+#include <dcp/checkpoint/async_save.hpp>
 #include <dcp/checkpoint/load.hpp>
 #include <dcp/checkpoint/owned_state.hpp>
 #include <dcp/checkpoint/save.hpp>
@@ -113,8 +114,15 @@ struct Tally {
   std::set<std::string> phases;
 };
 
+enum class How { in_front, behind };
+template <class S>
+void save_as(How how, dcp::ThreadComm& world, dcp::place_of<S> const& where, dcp::StateDict const& state, dcp::SaveOptions<S> const& options) {
+  if (how == How::in_front) dcp::save<S>(world, where, state, options);
+  else dcp::async_save<S>(world, where, state, options).wait();
+}
+
 /// Fails every call of every kind on every rank in turn, while three ranks save.
-template <class M>
+template <class M, How how = How::in_front>
 Tally fail_every_call_of_a_save(std::uint64_t old_generation, std::vector<int> const& errors) {
   using Medium = FaultMedium<M>;
   Tally tally;
@@ -130,8 +138,8 @@ Tally fail_every_call_of_a_save(std::uint64_t old_generation, std::vector<int> c
           auto const outcomes = outcomes_of(3, [&](dcp::ThreadComm& world) {
             GenerationState state{world, rows};
             state.fill(2);
-            dcp::save<dcp::BasicSafeTensors<Medium>>(world, {world.rank() == victim ? faulty : Medium{M{store}}, place}, state,
-                                                     {.if_exists = dcp::IfExists::replace, .threads = 1, .visible_within = std::chrono::milliseconds{50}});
+            save_as<dcp::BasicSafeTensors<Medium>>(how, world, {world.rank() == victim ? faulty : Medium{M{store}}, place}, state,
+                                                   {.if_exists = dcp::IfExists::replace, .threads = 1, .visible_within = std::chrono::milliseconds{50}, .staging_bytes = 16 << 20});
           });
           if (faulty.hits() == 0) break;
           CAPTURE(victim);
@@ -173,6 +181,16 @@ TEST_CASE("save: any storage call that fails on any rank is one Error on all, wi
 
 TEST_CASE("save: a full, read-only or vanished storage is one Error on all ranks, in a first save too") {
   CHECK(fail_every_call_of_a_save<dcp::Memory>(0, {ENOSPC, EROFS, ENOENT}).errors > 100);
+}
+
+TEST_CASE("async_save: any storage call that fails on any rank is one Error on all, with rank, phase, path and errno, and the old checkpoint stays") {
+  auto const tally = fail_every_call_of_a_save<dcp::Memory, How::behind>(1, {EIO});
+  CHECK(tally.errors > 40);
+  for (std::string const phase : {"save: attempt", "save: write", "save: sync", "save: meet", "save: commit", "save: publish"}) CHECK_MESSAGE(tally.phases.contains(phase), phase);
+}
+
+TEST_CASE("async_save: a full, read-only or vanished storage is one Error on all ranks, in a first save too") {
+  CHECK(fail_every_call_of_a_save<dcp::Memory, How::behind>(0, {ENOSPC, EROFS, ENOENT}).errors > 100);
 }
 
 TEST_CASE("save: any storage call that fails while a queue of writes is under way is one Error on all, and the old checkpoint stays") {

@@ -153,7 +153,7 @@ class BackgroundSave {
       } catch (...) {
         failure = std::current_exception();
         job_.pool->stop(failure);   // who stages for this save need not wait for room
-        Error const error = current_error().with_rank(job_.rank, job_.ranks);
+        Error const error = current_error().with_rank(job_.rank, job_.ranks).with_phase("save: " + watch_.phase());
         if (job_.rank != 0) meeting.tell_failed(error);
         else if (attempt_ && job_.ranks > 1) attempt_->leave_word(std::string{failed_name}, error.encode());
         else if (attempt_) attempt_->abandon();
