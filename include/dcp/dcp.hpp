@@ -33,7 +33,9 @@
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/report.hpp>
 #include <dcp/checkpoint/save.hpp>
+#include <dcp/checkpoint/async_save.hpp>
 #include <dcp/checkpoint/load.hpp>
+#include <dcp/checkpoint/manager.hpp>
 #include <dcp/checkpoint/flat_ranges.hpp>
 #include <dcp/checkpoint/owned_state.hpp>
 #include <dcp/checkpoint/reshard.hpp>

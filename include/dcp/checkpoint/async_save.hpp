@@ -146,16 +146,22 @@ struct PendingSave {
 
   /// Collective. Throws the same Error on all ranks.
   Report wait() {
+    static_cast<void>(wait_until(Stopwatch::clock::time_point::max()));
+    return report;
+  }
+  /// The same, but false on all ranks once it is later than `until` on any.
+  bool wait_until(Stopwatch::clock::time_point until) {
     if (!waited) {
+      if (!rounds(until)) return false;
+      waited = true;
       try {
         finish();
       } catch (...) {
         failure = std::current_exception();
       }
-      waited = true;
     }
     if (failure) std::rethrow_exception(failure);
-    return report;
+    return true;
   }
 
  private:
@@ -168,18 +174,26 @@ struct PendingSave {
       return false;
     }
   }
-  void finish() {
+  // In each, every rank says how far it is. One that has failed ends the others; when rank 0 has ended, all is decided.
+  bool rounds(Stopwatch::clock::time_point until) {
     using State = typename BackgroundSave<>::State;
-    save->observe();
-    // Rounds, in which every rank says how far it is. One that has failed ends the others; when rank 0 has ended, all is decided.
+    struct Say {
+      State state;
+      bool late;
+    };
     for (auto pause = std::chrono::milliseconds{1};; pause = std::min(2 * pause, std::chrono::milliseconds{20})) {
-      auto const states = all_gather_value(comm, save->state());
-      bool const running = std::find(states.begin(), states.end(), State::running) != states.end();
-      if (!running) break;
-      if (states[0] != State::running) save->settle();
-      else if (std::find(states.begin(), states.end(), State::failed) != states.end()) save->cancel();
-      for (auto const until = Stopwatch::clock::now() + pause; Stopwatch::clock::now() < until && !save->wait_for(std::chrono::milliseconds{1});) comm.progress();
+      bool running = false, failed = false, late = false;
+      auto const all = all_gather_value(comm, Say{save->state(), Stopwatch::clock::now() > until});
+      for (auto const& say : all) running = running || say.state == State::running, failed = failed || say.state == State::failed, late = late || say.late;
+      if (!running) return true;
+      if (late) return false;
+      if (all[0].state != State::running) save->settle();
+      else if (failed) save->cancel();
+      for (auto const next = Stopwatch::clock::now() + pause; Stopwatch::clock::now() < next && !save->wait_for(std::chrono::milliseconds{1});) comm.progress();
     }
+  }
+  void finish() {
+    save->observe();
     // Who was ended by another's failure has nothing to say, unless nobody has.
     try {
       for (bool const last : {false, true})

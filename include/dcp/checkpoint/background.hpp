@@ -44,7 +44,7 @@ struct CommitWork {
   CommitRecord record;
   std::vector<std::pair<std::string, Value>> values;
   std::vector<std::pair<std::string, Bytes>> extra;
-  std::function<void()> after;   // once the checkpoint is in its place, before other ranks are told that all went well
+  std::function<void()> after;   // once the checkpoint is in its place; a failure of it is a warning
 };
 
 template <class = Deferred>
@@ -238,7 +238,11 @@ class BackgroundSave {
       warnings_.push_back("the old checkpoint could not be removed: " + error.message());
     }
     attempt_.reset();
-    if (job_.commit.after) job_.commit.after();
+    try {
+      if (job_.commit.after) job_.commit.after();
+    } catch (...) {
+      warnings_.push_back("the checkpoint is in its place; what comes after that failed: " + current_error().message());
+    }
   }
 
   // Nothing at the end of all pieces. Throws what staging threw, Error(cancelled), and what meanwhile() throws.
