@@ -75,11 +75,17 @@ struct Stage {
   static constexpr std::uint64_t piece_bytes = 4 * chunk_bytes;
 };
 
+template <class = Deferred>
+void check_staging(std::uint64_t bytes) {
+  if (bytes < least_memory_bytes) throw Error{ErrorCode::budget, "staging memory of " + std::to_string(bytes) + " bytes; at least " + std::to_string(least_memory_bytes) + " are needed"};
+}
+
 /// Stages that bare calls of async_save have used, for the next ones.
 template <class = Deferred>
 class Stages {
  public:
   static std::shared_ptr<Stage<>> take(std::uint64_t staging_bytes) {
+    check_staging(staging_bytes);
     auto& all = instance();
     std::lock_guard const lock{all.mutex_};
     for (auto const& stage : all.stages_)
@@ -187,8 +193,8 @@ struct PendingSave {
       for (auto const& say : all) running = running || say.state == State::running, failed = failed || say.state == State::failed, late = late || say.late;
       if (!running) return true;
       if (late) return false;
-      if (all[0].state != State::running) save->settle();
-      else if (failed) save->cancel();
+      if (all[0].state != State::running) save->interrupt(Interruption::Why::settled);
+      else if (failed) save->interrupt(Interruption::Why::followed);
       for (auto const next = Stopwatch::clock::now() + pause; Stopwatch::clock::now() < next && !save->wait_for(std::chrono::milliseconds{1});) comm.progress();
     }
   }
@@ -199,7 +205,7 @@ struct PendingSave {
       for (bool const last : {false, true})
         agree(comm, "save", [&] {
           auto const failed = save->failure();
-          if (failed && (last || !is_cancellation(failed))) std::rethrow_exception(failed);
+          if (failed && (last || !save->was_followed() || !is_cancellation(failed))) std::rethrow_exception(failed);
         });
     } catch (...) {
       save->forget_attempt();
@@ -345,7 +351,7 @@ class [[nodiscard]] BasicPending {
   /// Whether this rank's part has ended, well or not. Local.
   bool done() const { return wait_for(std::chrono::milliseconds{0}); }
   /// Ends the save if it is not committed yet; wait() then throws Error(cancelled). Local: one rank is enough.
-  void cancel() { here().save->cancel(); }
+  void cancel() { here().save->interrupt(detail::Interruption::Why::cancelled); }
 
   // Of the library.
   BasicPending(std::shared_ptr<detail::PendingSave<>> save, std::function<void(Error const&)> lost) : save_{std::move(save)}, lost_{std::move(lost)} {}

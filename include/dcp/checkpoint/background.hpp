@@ -85,16 +85,13 @@ class BackgroundSave {
     }
     news_.notify_all();
   }
-  /// Ends it as soon as it can, unless it is committed already; the Error is then `cancelled`. Local.
-  void cancel() {
-    interruption_.cancel();
+  /// Ends it as soon as it can, unless it is committed already. Local.
+  void interrupt(Interruption::Why why) {
+    interruption_.interrupt(why);
     news_.notify_all();
   }
-  /// Rank 0's part has ended, as the caller knows from rank 0: the others' have nothing to wait for. Local.
-  void settle() {
-    interruption_.settle();
-    news_.notify_all();
-  }
+  /// Whether it was ended because of what another rank did.
+  bool was_followed() const { return interruption_.why() == Interruption::Why::followed || interruption_.why() == Interruption::Why::settled; }
   template <class = Deferred>
   State state() const {
     std::lock_guard const lock{mutex_};
@@ -251,7 +248,7 @@ class BackgroundSave {
     for (;;) {
       {
         std::unique_lock lock{mutex_};
-        news_.wait_for(lock, std::chrono::milliseconds{20}, [&] { return next_ < pieces_.size() || staged_ || interruption_.interrupted(); });
+        news_.wait_for(lock, std::chrono::milliseconds{20}, [&] { return next_ < pieces_.size() || staged_ || interruption_.why() != Interruption::Why::none; });
         if (staging_failure_) std::rethrow_exception(staging_failure_);
         if (next_ < pieces_.size()) {
           Piece piece = std::move(pieces_[next_++]);

@@ -205,7 +205,7 @@ class CheckpointManager : detail::a_storage<S> {
       if (options_.keep_last < 0 || options_.keep_every < 0 || options_.keep_best < 0) throw Error{ErrorCode::invalid_argument, "retention with a negative number"};
       if (options_.keep_last == 0 && (options_.keep_every > 0 || options_.keep_best > 0))
         throw Error{ErrorCode::invalid_argument, "keep_every and keep_best keep what keep_last would let go; with keep_last = 0 everything is kept"};
-      if (options_.staging_bytes < least_memory_bytes) throw Error{ErrorCode::budget, "staging memory of " + std::to_string(options_.staging_bytes) + " bytes; at least " + std::to_string(least_memory_bytes) + " are needed"};
+      detail::check_staging(options_.staging_bytes);
       stage_ = std::make_shared<detail::Stage<>>(options_.staging_bytes, detail::Stages<>::copy_threads());
     });
     std::string resolved = agree(comm_, "manager", [&]() -> std::string {

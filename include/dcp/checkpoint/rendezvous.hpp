@@ -37,21 +37,29 @@ inline constexpr std::string_view done_prefix = "done-", alive_prefix = "alive-"
 /// Sleep that others can end.
 class Interruption {
  public:
-  /// The save is to end, if it still can.
-  void cancel() { set(cancelled_); }
-  /// Rank 0 has ended, and the caller knows how: nothing is left to wait for.
-  void settle() { set(settled_); }
+  enum class Why : std::uint8_t { none, cancelled, followed, settled };
+
+  /// The save is to end, if it still can: `cancelled` because the program says so, `followed` because another rank's part has failed, `settled`
+  /// because rank 0 has ended and the caller knows how. The first one counts, and `settled` after any.
+  void interrupt(Why why) {
+    {
+      std::lock_guard const lock{mutex_};
+      if (why_ == Why::none) why_ = why;
+      settled_ = settled_ || why == Why::settled;
+    }
+    wake_.notify_all();
+  }
   template <class = Deferred>
-  bool interrupted() const {
+  Why why() const {
     std::lock_guard const lock{mutex_};
-    return cancelled_ || settled_;
+    return why_;
   }
   /// Throws Error(cancelled) when it is interrupted.
   template <class = Deferred>
   void pause(std::chrono::milliseconds time) {
     std::unique_lock lock{mutex_};
-    wake_.wait_for(lock, time, [&] { return cancelled_ || settled_; });
-    if (cancelled_ || settled_) throw Error{ErrorCode::cancelled, "the save was cancelled"};
+    wake_.wait_for(lock, time, [&] { return why_ != Why::none; });
+    if (why_ != Why::none) throw Error{ErrorCode::cancelled, why_ == Why::cancelled ? "the save was cancelled" : "another rank's part of the save has failed"};
   }
   /// True when it is settled; a cancellation comes too late here.
   template <class = Deferred>
@@ -61,17 +69,10 @@ class Interruption {
   }
 
  private:
-  void set(bool& flag) {
-    {
-      std::lock_guard const lock{mutex_};
-      flag = true;
-    }
-    wake_.notify_all();
-  }
-
   mutable std::mutex mutex_;
   std::condition_variable wake_;
-  bool cancelled_ = false, settled_ = false;
+  Why why_ = Why::none;
+  bool settled_ = false;
 };
 
 /// A rank's part of a meeting. Not thread-safe.
@@ -147,7 +148,7 @@ class Rendezvous {
       bool news = false;
       for (auto const& entry : medium_.list(directory_)) {
         int rank = -1;
-        if (entry.kind != EntryKind::file || (!numbered(entry.name, done_prefix, rank) && !numbered(entry.name, alive_prefix, rank)) || rank < 0 || rank >= ranks_) continue;
+        if (entry.kind != EntryKind::file || (!numbered(entry.name, done_prefix, rank) && !numbered(entry.name, alive_prefix, rank)) || rank <= 0 || rank >= ranks_) continue;
         if (entry.name.starts_with(alive_prefix)) {
           news = std::exchange(signs[rank], entry.size) != entry.size || news;
           continue;
