@@ -267,7 +267,6 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
   watch.enter("plan");
   StagingPool<>& pool = *pending->stage->pool;
   pool.start();
-  std::uint64_t const waits = pool.waits();
   SavePlan const writes = agree(comm, "save: plan", [&] {
     typename BackgroundSave<>::Job job;
     job.medium = place.medium;
@@ -312,7 +311,7 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
   watch.leave();
   pending->report.stall_seconds = std::chrono::duration<double>(Stopwatch::clock::now() - begun).count();
   pending->report.staged_bytes = save.staged_bytes();
-  pending->report.streamed = pool.waits() > waits;
+  pending->report.streamed = pending->report.staged_bytes > pool.capacity();
   if (events) events({SaveEvent::Kind::staged, pending->report.place, save.step(), {}});
   return pending;
 }

@@ -148,18 +148,25 @@ class Run {
     return removed;
   }
 
-  /// Removes what crashes have left: directories of our pattern beside a step's place that are not committed and whose lease nobody holds, and committed ones
-  /// whose step has a place.
+  /// Puts right what crashes have left, where nobody holds the lease of it: a committed checkpoint that was not renamed to its place is, and everything else of our
+  /// pattern beside a place goes.
   void clean() const {
     for (auto const& entry : medium_->list(root_)) {
       auto const infix = entry.name.find(attempt_infix);
       std::uint64_t id = 0;
       if (entry.kind != EntryKind::directory || !entry.name.starts_with(step_prefix) || infix == std::string::npos || !parse_hex16(std::string_view{entry.name}.substr(infix + attempt_infix.size()), id)) continue;
-      std::string const path = root_ + '/' + entry.name;
+      std::string const path = root_ + '/' + entry.name, place = root_ + '/' + entry.name.substr(0, infix);
       try {
         auto const record = read_record(*medium_, path);
-        if (record && record->committed && look_at(*medium_, root_ + '/' + entry.name.substr(0, infix)).kind != Occupant::Kind::checkpoint) continue;
-        if (auto const lease = medium_->acquire_lease(path + '/' + std::string{lease_name})) remove_with_record_first(*medium_, path);
+        auto lease = medium_->acquire_lease(path + '/' + std::string{lease_name});
+        if (!lease) continue;
+        if (!record || !record->committed || look_at(*medium_, place).kind == Occupant::Kind::checkpoint) {
+          remove_with_record_first(*medium_, path);
+        } else if (medium_->publish_new(path, place)) {
+          medium_->sync_directory(root_);
+          lease.reset();
+          medium_->remove_file(place + '/' + std::string{lease_name});
+        }
       } catch (Error const&) {
         // Damaged, or somebody else's turn: no reason to fail.
       }

@@ -57,7 +57,7 @@ struct Report {
   // Of a save in the background.
   double stall_seconds = 0;              // that the call took, on the slowest rank
   std::uint64_t staged_bytes = 0;        // copied, on all ranks
-  bool streamed = false;                 // some rank's part was larger than its staging memory: the call waited for writes
+  bool streamed = false;                 // some rank's part was larger than its staging memory, and had to be written while it was copied
   bool skipped = false;                  // another save was under way, and this one was not begun
   std::vector<Phase> phases;
   // What a load did that a strict, complete, verified load of the same layout would not.
@@ -85,7 +85,7 @@ struct Report {
         << human_bytes(report.tensor_bytes) << ", " << report.values << (report.values == 1 ? " value, on " : " values, on ") << report.ranks
         << (report.ranks == 1 ? " rank, in " : " ranks, in ") << number(report.seconds) << " s";
     if (report.skipped) out << "\n  skipped: another save was under way";
-    if (report.staged_bytes > 0) out << "\n  stall     " << number(report.stall_seconds) << " s, " << human_bytes(report.staged_bytes) << " copied" << (report.streamed ? "; more than staging memory, so that the call waited for writes" : "");
+    if (report.staged_bytes > 0) out << "\n  stall     " << number(report.stall_seconds) << " s, " << human_bytes(report.staged_bytes) << " copied" << (report.streamed ? "; more than staging memory holds, so that it was written meanwhile" : "");
     for (auto const& phase : report.phases) {
       out << "\n  " << phase.name << std::string(phase.name.size() < 10 ? 10 - phase.name.size() : 1, ' ') << number(phase.longest()) << " s";
       if (phase.bytes() > 0) out << ", " << human_bytes(phase.bytes()) << " in " << phase.operations() << " operations";
