@@ -16,6 +16,7 @@
 
 #include <pthread.h>
 #include <signal.h>
+#include <unistd.h>
 
 namespace dcp {
 
@@ -35,6 +36,8 @@ class BackgroundThreads {
   /// Throws std::system_error where the system gives no thread; the job is then not begun.
   void run(std::function<void()> job) {
     std::unique_lock lock{mutex_};
+    // A child of a fork has none of its parent's threads.
+    if (std::exchange(process_, ::getpid()) != ::getpid()) idle_ = active_ = 0, jobs_.clear();
     jobs_.push_back(std::move(job));
     if (idle_ < jobs_.size()) {
       try {
@@ -86,7 +89,7 @@ class BackgroundThreads {
   }
   void wait_for_jobs() {
     std::unique_lock lock{mutex_};
-    ended_.wait_for(lock, exit_deadline_, [&] { return active_ == 0; });
+    ended_.wait_for(lock, exit_deadline_, [&] { return active_ == 0 || process_ != ::getpid(); });
   }
 
   std::mutex mutex_;
@@ -94,6 +97,7 @@ class BackgroundThreads {
   std::vector<std::function<void()>> jobs_;
   std::size_t idle_ = 0, active_ = 0;   // active: waiting or running
   std::chrono::milliseconds exit_deadline_ = std::chrono::seconds{60};
+  pid_t process_ = ::getpid();
 };
 
 }  // namespace dcp
