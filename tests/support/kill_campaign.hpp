@@ -45,15 +45,17 @@ struct Board {
 };
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 
-class SharedBoard {
+/// One T that processes share, from before they are forked.
+template <class T>
+class SharedMemory {
  public:
-  SharedBoard() : memory_{::mmap(nullptr, sizeof(Board), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0)} {
+  SharedMemory() : memory_{::mmap(nullptr, sizeof(T), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0)} {
     if (memory_ == MAP_FAILED) throw std::runtime_error{"no shared memory"};
-    new (memory_) Board{};
+    new (memory_) T{};
   }
-  SharedBoard(SharedBoard const&) = delete;
-  ~SharedBoard() { ::munmap(memory_, sizeof(Board)); }
-  Board& operator*() { return *static_cast<Board*>(memory_); }
+  SharedMemory(SharedMemory const&) = delete;
+  ~SharedMemory() { ::munmap(memory_, sizeof(T)); }
+  T& operator*() { return *static_cast<T*>(memory_); }
 
  private:
   void* memory_;
@@ -150,7 +152,7 @@ Findings campaign(std::uint64_t seed, int rounds, std::chrono::seconds most) {
   Findings findings;
   TemporaryDirectory directory;
   std::string const place = directory / "run/ckpt";
-  SharedBoard board;
+  SharedMemory<Board> board;
   auto const until = Clock::now() + most;
   for (int round = 0; round < rounds && Clock::now() < until; ++round) {
     Random random{seed + static_cast<std::uint64_t>(round)};
