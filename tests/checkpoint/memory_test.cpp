@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // What save, load and reshard allocate beside the state, counted by operator new: the budget of each rank, and what metadata there is.
 #include <dcp/checkpoint/load.hpp>
+#include <dcp/checkpoint/manager.hpp>
 #include <dcp/checkpoint/reshard.hpp>
 #include <dcp/checkpoint/save.hpp>
 #include <dcp/comm/threads.hpp>
 #include <dcp/storage/safetensors.hpp>
 
 #include "support/allocations.hpp"
+#include "support/campaign.hpp"
 #include "support/temporary_directory.hpp"
 
 #include <doctest/doctest.h>
 
 #include <cstdint>
+#include <fstream>
 #include <optional>
 #include <string>
 #include <vector>
@@ -141,4 +144,31 @@ TEST_CASE("save, load, reshard: a budget that is too small is refused on all ran
     Held<float, Placement<Shard<1>>> other{world};
     CHECK_THROWS_AS(dcp::reshard(world, held.state, other.state, resharding), dcp::Error);
   });
+}
+
+TEST_CASE("CheckpointManager: a hundred saves in the background take the memory of three, and no large allocation after the first" * doctest::skip(dcp::test::under_a_sanitizer)) {
+  auto const resident = [] {
+    std::ifstream statm{"/proc/self/statm"};
+    double pages = 0;
+    statm >> pages >> pages;
+    return pages;
+  };
+  dcp::test::TemporaryDirectory directory;
+  double after_three = 0, after_all = 0;
+  std::size_t largest = 0;
+  dcp::run_threads(2, [&](dcp::ThreadComm& world) {
+    Held<float, Placement<Shard<0>>> held{world};
+    dcp::CheckpointManager<dcp::SafeTensors> checkpoints{world, directory / "run", {.keep_last = 1, .staging_bytes = 64 << 20}};
+    for (int save = 1; save <= 100; ++save) {
+      checkpoints.async_save(save, held.state).wait();
+      world.barrier();
+      if (world.rank() == 0 && save == 1) dcp::test::largest_bytes = 0;
+      if (world.rank() == 0 && save == 3) after_three = resident();
+      world.barrier();
+    }
+    if (world.rank() == 0) after_all = resident(), largest = dcp::test::largest_bytes;
+    world.barrier();
+  });
+  CHECK(after_all < after_three * 1.01);
+  if (dcp::test::counts_allocations) CHECK(largest <= 1 << 20);
 }

@@ -26,7 +26,7 @@ inline int const says_so = std::fprintf(stderr, "not run: how much memory is all
 inline constexpr bool counts_allocations = true;
 #endif
 
-inline std::atomic<std::size_t> live_bytes{0}, peak_bytes{0};
+inline std::atomic<std::size_t> live_bytes{0}, peak_bytes{0}, largest_bytes{0};   // largest_bytes: of one allocation, since somebody set it to 0
 
 /// The most that was allocated at once since it was made, beyond what was allocated then.
 class AllocationPeak {
@@ -40,7 +40,9 @@ class AllocationPeak {
 
 inline void* counted(void* memory) {
   if (memory == nullptr) throw std::bad_alloc{};
-  std::size_t const now = live_bytes += malloc_usable_size(memory);
+  std::size_t const size = malloc_usable_size(memory), now = live_bytes += size;
+  for (auto largest = largest_bytes.load(); size > largest && !largest_bytes.compare_exchange_weak(largest, size);) {
+  }
   for (auto peak = peak_bytes.load(); now > peak && !peak_bytes.compare_exchange_weak(peak, now);) {
   }
   return memory;
