@@ -23,6 +23,7 @@
 #include <fstream>
 #include <iterator>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -51,13 +52,15 @@ std::map<std::string, std::string> files_in(std::filesystem::path const& directo
   return files;
 }
 
-std::uint64_t found_in(dcp::Memory const& store) {
+std::uint64_t found_in_rows(dcp::Memory const& store, std::int64_t rows) {
   dcp::SelfComm self;
-  GenerationState state{self, 20};
+  GenerationState state{self, rows};
   state.scribble();
   dcp::load<OnMemory>(self, {store, "ckpt"}, state);
   return state.generation();
 }
+
+std::uint64_t found_in(dcp::Memory const& store) { return found_in_rows(store, 20); }
 
 // Holds back every call that it is asked about, until it is opened.
 class Gate {
@@ -348,4 +351,51 @@ TEST_CASE("async_save: a rank that dies in the background is noticed by the dead
       CHECK(error.message().find("rank 2 did not finish") != std::string::npos);
     }
   });
+}
+
+TEST_CASE("Pending: wait ends by the deadline when the storage does not answer, on all ranks, and the program can go on") {
+  for (int const silent : {0, 1, -1}) {   // one rank's, or everybody's
+    CAPTURE(silent);
+    dcp::Memory const store, other;
+    auto const gate = std::make_shared<Gate>();   // threads that are left behind keep it
+    dcp::run_threads(2, [&](dcp::ThreadComm& world) {
+      GenerationState state{world, 700};
+      state.fill(1);
+      Faulty faulty{store};
+      if (silent < 0 || world.rank() == silent) faulty.add({.call = Call::write, .path = ".safetensors", .times = dcp::test::forever, .hook = [gate](Call, std::string const&) { gate->pass(); }});
+      dcp::Pending pending = dcp::async_save<OnFaulty>(world, {faulty, "ckpt"}, state, {.deadline = 200ms});
+      try {
+        pending.wait();
+        FAIL("no error");
+      } catch (dcp::Error const& error) {
+        CHECK((error.code() == dcp::ErrorCode::timeout || error.code() == dcp::ErrorCode::rank_failed));
+      }
+      dcp::async_save<OnMemory>(world, {other, "ckpt"}, state).wait();
+    });
+    gate->open();
+    CHECK(found_in_rows(other, 700) == 1);
+  }
+}
+
+TEST_CASE("async_save: an exchange that fails on one rank ends the call on all, while others copy") {
+  dcp::Memory const store;
+  dcp::run_threads(3, [&](dcp::ThreadComm& world) {
+    GenerationState state{world, 80'000};
+    state.fill(1);
+    Faulty faulty{store};
+    // The writer fails while the call still streams through little memory.
+    if (world.rank() == 1) faulty.add({.call = Call::write, .path = ".safetensors", .nth = 2, .times = dcp::test::forever, .system_error = EIO});
+    bool failed = false;
+    try {
+      dcp::async_save<OnFaulty>(world, {faulty, "ckpt"}, state, {.staging_bytes = least}).wait();
+    } catch (dcp::Error const& error) {
+      failed = true;
+      CHECK(error.system_error() == EIO);
+      CHECK(error.rank() == 1);
+    }
+    CHECK(failed);
+    world.barrier();
+    dcp::async_save<OnMemory>(world, {store, "ckpt"}, state, {.staging_bytes = least}).wait();
+  });
+  CHECK(found_in_rows(store, 80'000) == 1);
 }

@@ -108,6 +108,7 @@ template <class = Deferred>
 class StagingSink {
  public:
   StagingSink(CommRef comm, SavePlan const& plan, Stage<>& stage, BackgroundSave<>& save) : comm_{comm}, plan_{plan}, stage_{stage}, save_{save} {}
+  StagingSink(StagingSink const&) = delete;
 
   void direct(std::uint32_t f, FileRange range) {
     for (std::uint64_t at = range.begin; at < range.end;) {
@@ -130,6 +131,17 @@ class StagingSink {
 
   void finish() {
     stage_.workers.finish([&] { comm_.progress(); });
+    finished_ = true;
+  }
+  // Its jobs use what is about to go.
+  ~StagingSink() {
+    if (finished_) return;
+    try {
+      stage_.pool->stop(std::make_exception_ptr(Error{ErrorCode::cancelled, "the save has failed"}));
+      stage_.workers.finish([] {});
+    } catch (...) {
+      // What failed is on its way to the caller.
+    }
   }
 
  private:
@@ -137,6 +149,7 @@ class StagingSink {
   SavePlan const& plan_;
   Stage<>& stage_;
   BackgroundSave<>& save_;
+  bool finished_ = false;
 };
 
 /// A save in the background, and what the call that began it knows of it.
@@ -180,19 +193,29 @@ struct PendingSave {
       return false;
     }
   }
-  // In each, every rank says how far it is. One that has failed ends the others; when rank 0 has ended, all is decided.
+  // In each, every rank says how far it is. One that has failed ends the others; when rank 0 has ended, all is decided. When nothing has moved on any rank for
+  // the deadline, some storage does not answer, and there is nothing to wait for.
   bool rounds(Stopwatch::clock::time_point until) {
     using State = typename BackgroundSave<>::State;
     struct Say {
       State state;
       bool late;
+      std::uint64_t moves;
+      bool stuck;
     };
+    std::uint64_t moved = 0;
+    auto last_move = Stopwatch::clock::now();
+    std::chrono::milliseconds const deadline = save->deadline();
     for (auto pause = std::chrono::milliseconds{1};; pause = std::min(2 * pause, std::chrono::milliseconds{20})) {
       bool running = false, failed = false, late = false;
-      auto const all = all_gather_value(comm, Say{save->state(), Stopwatch::clock::now() > until});
-      for (auto const& say : all) running = running || say.state == State::running, failed = failed || say.state == State::failed, late = late || say.late;
-      if (!running) return true;
+      std::uint64_t moves = 0;
+      // Rank 0 knows the time: all come to the same conclusion.
+      bool const stuck = Stopwatch::clock::now() - last_move > deadline;
+      auto const all = all_gather_value(comm, Say{save->state(), Stopwatch::clock::now() > until, save->moves(), stuck});
+      for (auto const& say : all) running = running || say.state == State::running, failed = failed || say.state == State::failed, late = late || say.late, moves += say.moves + (say.state != State::running ? 1 : 0);
+      if (!running || all[0].stuck) return true;
       if (late) return false;
+      if (std::exchange(moved, moves) != moves) last_move = Stopwatch::clock::now();
       if (all[0].state != State::running) save->interrupt(Interruption::Why::settled);
       else if (failed) save->interrupt(Interruption::Why::followed);
       for (auto const next = Stopwatch::clock::now() + pause; Stopwatch::clock::now() < next && !save->wait_for(std::chrono::milliseconds{1});) comm.progress();
@@ -204,11 +227,13 @@ struct PendingSave {
     try {
       for (bool const last : {false, true})
         agree(comm, "save", [&] {
+          if (save->state() == BackgroundSave<>::State::running)
+            throw Error{ErrorCode::timeout, "rank " + std::to_string(comm.rank()) + " has not finished, and nothing has moved on any rank for " + std::to_string(save->deadline().count()) + " ms: its storage does not answer"}.with_path(report.place);
           auto const failed = save->failure();
           if (failed && (last || !save->was_followed() || !is_cancellation(failed))) std::rethrow_exception(failed);
         });
     } catch (...) {
-      save->forget_attempt();
+      if (save->state() != BackgroundSave<>::State::running) save->forget_attempt();
       throw;
     }
     report.warnings = save->warnings();
@@ -312,7 +337,7 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
   pending->report.stall_seconds = std::chrono::duration<double>(Stopwatch::clock::now() - begun).count();
   pending->report.staged_bytes = save.staged_bytes();
   pending->report.streamed = pending->report.staged_bytes > pool.capacity();
-  if (events) events({SaveEvent::Kind::staged, pending->report.place, save.step(), {}});
+  save.staged_event();
   return pending;
 }
 

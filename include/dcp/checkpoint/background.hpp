@@ -13,6 +13,7 @@
 #include <dcp/io/staging_pool.hpp>
 #include <dcp/media/medium.hpp>
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -72,6 +73,7 @@ class BackgroundSave {
     {
       std::lock_guard const lock{mutex_};
       staged_bytes_ += memory.bytes.size();
+      if (closed_) return;   // it has failed, and writes nothing any more
       pieces_.push_back({f, position, std::move(memory)});
     }
     news_.notify_all();
@@ -114,6 +116,8 @@ class BackgroundSave {
     if (attempt_) attempt_->abandon();
     attempt_.reset();
   }
+  /// Grows whenever something was done: whoever waits sees by it that there is a point in that.
+  std::uint64_t moves() const { return moves_; }
   template <class = Deferred>
   std::uint64_t staged_bytes() const {
     std::lock_guard const lock{mutex_};
@@ -121,7 +125,9 @@ class BackgroundSave {
   }
   Stopwatch& watch() { return watch_; }                      // after it ended
   std::vector<std::string> const& warnings() const { return warnings_; }
-  std::int64_t step() const { return step_; }
+  std::chrono::milliseconds deadline() const { return job_.settings.deadline; }
+  /// The state has been copied.
+  void staged_event() { event(SaveEvent::Kind::staged, nullptr); }
 
   /// Somebody has learnt of a failure, or will.
   void observe() {
@@ -159,7 +165,11 @@ class BackgroundSave {
     } catch (...) {
       failure = std::current_exception();
     }
-    pieces_.clear();
+    {
+      std::lock_guard const lock{mutex_};
+      closed_ = true;
+      pieces_.clear(), next_ = 0;
+    }
     watch_.leave();
     event(failure ? SaveEvent::Kind::failed : SaveEvent::Kind::committed, failure);
     std::function<void(Error const&)> lost;
@@ -183,7 +193,7 @@ class BackgroundSave {
   void save(Rendezvous<>& meeting) {
     AnyMedium& medium = *job_.medium;
     std::vector<PlannedFile> const& files = job_.files->files;
-    watch_.enter("attempt");
+    enter("attempt");
     if (job_.rank == 0) {
       std::vector<std::string> carried;
       for (auto const& [name, bytes] : job_.commit.extra) carried.push_back(name);
@@ -191,19 +201,29 @@ class BackgroundSave {
     } else {
       meeting.wait_for_attempt(job_.settings.visible_within);
     }
-    for (auto const& file : files)
-      if (auto const below = split_path('/' + file.path).first; below != "/" && (file.only_rank >= 0 || job_.rank == 0)) medium.create_directories(meeting.directory() + below);
+    // Whoever comes first to a directory below the attempt makes it: nobody waits for anybody here.
+    std::vector<bool> ready(files.size());
+    auto const make_room_for = [&](std::uint32_t f) {
+      if (ready[f]) return;
+      ready[f] = true;
+      if (auto const below = split_path('/' + files[f].path).first; below != "/") medium.create_directories(meeting.directory() + below);
+    };
 
-    watch_.enter("write");
+    enter("write");
     std::map<std::string, FileSums> sums;
     {
       FileWriter<> writer{medium, meeting.directory(), files, job_.block_bytes, job_.settings};
-      for (auto const f : job_.empty_files) writer.create(f);
+      for (auto const f : job_.empty_files) make_room_for(f), writer.create(f);
       while (auto piece = next_piece([&] {
                meeting.alive();
                writer.wait_until([] { return true; }, [] {});   // throws what a write threw
-             }))
-        writer.write(piece->file, piece->position, piece->memory.bytes, [owner = std::move(piece->memory.owner)]() mutable { owner.reset(); });
+             })) {
+        make_room_for(piece->file);
+        writer.write(piece->file, piece->position, piece->memory.bytes, [this, owner = std::move(piece->memory.owner)]() mutable {
+          owner.reset();
+          ++moves_;
+        });
+      }
       sums = writer.finish(
           [&] {
             meeting.alive();
@@ -212,21 +232,21 @@ class BackgroundSave {
           [&] {
             watch_.here().bytes += writer.total_bytes();
             watch_.here().operations += writer.writes();
-            watch_.enter("sync");
+            enter("sync");
           });
       watch_.here().operations += writer.open_files();
     }
     event(SaveEvent::Kind::written, nullptr);
 
-    watch_.enter("meet");
+    enter("meet");
     if (job_.rank != 0) meeting.tell_done(sums);
     else if (job_.ranks > 1) sums = meeting.wait_for_all(sums), meeting.clear();
-    watch_.enter("commit");
+    enter("commit");
     if (job_.rank == 0) {
       interruption_.pause(std::chrono::milliseconds{0});
       commit_attempt(medium, *attempt_, sums, *job_.files, std::move(job_.commit.extra), std::move(job_.commit.values), job_.settings.checksums);
     }
-    watch_.enter("publish");
+    enter("publish");
     if (job_.rank != 0) return meeting.wait_for_outcome();
     attempt_->publish();
     try {
@@ -262,6 +282,10 @@ class BackgroundSave {
     }
   }
 
+  void enter(char const* phase) {
+    watch_.enter(phase);
+    ++moves_;
+  }
   void event(SaveEvent::Kind kind, std::exception_ptr const& failure) noexcept {
     if (!job_.events || (kind == SaveEvent::Kind::committed && job_.rank != 0)) return;
     try {
@@ -293,7 +317,8 @@ class BackgroundSave {
   std::vector<Piece> pieces_;
   std::size_t next_ = 0;
   std::uint64_t staged_bytes_ = 0;
-  bool staged_ = false, observed_ = false;
+  bool staged_ = false, closed_ = false, observed_ = false;
+  std::atomic<std::uint64_t> moves_{0};
   std::exception_ptr staging_failure_;
   std::unique_ptr<Attempt<>> attempt_;
   Stopwatch watch_;

@@ -254,6 +254,8 @@ class CheckpointManager : detail::a_storage<S> {
     }
     detail::CommitWork commit;
     agree(comm_, "save: agree", [&] {
+      // A save whose storage never answered still has the memory.
+      if (last_ && last_->save->state() == detail::BackgroundSave<>::State::running) stage_ = std::make_shared<detail::Stage<>>(options_.staging_bytes, detail::Stages<>::copy_threads());
       if (step < 0) throw Error{ErrorCode::invalid_argument, "step " + std::to_string(step)};
       if (metric && !std::isfinite(*metric)) throw Error{ErrorCode::invalid_argument, "a metric that is no finite number"};
       if (comm_.rank() != 0) return;
