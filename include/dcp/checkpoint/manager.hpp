@@ -268,14 +268,14 @@ class CheckpointManager : detail::a_storage<S> {
           if (events) events({SaveEvent::Kind::retired, gone.place, gone.run.step, {}});
       };
     });
-    last_ = detail::begin_save(comm_, *storage_, place_of(step), state, detail::settings_of(options_.save), stage_, std::move(commit), options_.events);
+    last_ = detail::begin_save(comm_, *storage_, where(step), state, detail::settings_of(options_.save), stage_, std::move(commit), options_.events);
     return {last_, {}};
   }
 
   /// Loads the checkpoint of `step`. Throws Error(not_found) if there is none.
   Report load(std::int64_t step, StateDict const& state) { return load(step, state, options_.load); }
   Report load(std::int64_t step, StateDict const& state, LoadOptions<S> const& options) {
-    return detail::load_state(comm_, *S::open(options.storage), place_of(step), state, detail::settings_of(options));
+    return detail::load_state(comm_, *S::open(options.storage), where(step), state, detail::settings_of(options));
   }
 
   /// The step of the newest checkpoint, by commit; nothing if there is none.
@@ -308,7 +308,7 @@ class CheckpointManager : detail::a_storage<S> {
   }
 
  private:
-  PlaceRef place_of(std::int64_t step) const { return {run_medium(), run_->place_of_step(step)}; }
+  PlaceRef where(std::int64_t step) const { return {run_medium(), run_->place_of_step(step)}; }
   std::shared_ptr<AnyMedium> run_medium() const { return {run_, &run_->medium()}; }
 
   // False if one is under way and is to be left alone. Throws the failure of one that nobody has waited for.
