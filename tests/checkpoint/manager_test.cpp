@@ -336,3 +336,62 @@ TEST_CASE("CheckpointManager: a stop anywhere in a save with retention leaves wh
     CHECK(outcomes.contains(Steps{2, 3}));
   }
 }
+
+TEST_CASE("CheckpointManager: plans are used again while names, shapes, layouts, memory and options stay, and a change on one rank is noticed by all") {
+  dcp::Memory const store;
+  dcp::run_threads(3, [&](dcp::ThreadComm& world) {
+    using Rows = dcp::Placement<dcp::Shard<0>>;
+    using Columns = dcp::Placement<dcp::Shard<1>>;
+    dcp::DeviceMesh<1> const mesh{world, {3}};
+    std::vector<float> memory(dcp::local_box<Rows>(mesh, {90, 64}).size()), other(memory.size()), small(7);
+    std::vector<float> columns(dcp::local_box<Columns>(mesh, {90, 64}).size());
+    std::int64_t number = 0;
+    std::string note;
+    Manager checkpoints{world, {store, "run"}, {.keep_last = 2}};
+    std::int64_t step = 0;
+    auto const save = [&](dcp::StateDict const& state) {
+      ++step;
+      number = 100 * step, note = "step " + std::to_string(step);
+      for (auto* part : {&memory, &other, &columns}) std::fill(part->begin(), part->end(), static_cast<float>(step));
+      auto const report = checkpoints.save(step, state);
+      number = 0, note.clear();
+      for (auto* part : {&memory, &other, &columns}) std::fill(part->begin(), part->end(), 0.0f);
+      checkpoints.load(step, state);
+      CHECK(number == 100 * step);
+      CHECK(note == "step " + std::to_string(step));
+      return report.plan_reused;
+    };
+    auto const plain = [&](std::vector<float>& part) {
+      dcp::StateDict state{{"number", number}, {"note", note}, {"small", dcp::TensorView<float>{small, {7}}}};
+      state.add("weight", dcp::ShardedTensor<float, Rows>{mesh, {90, 64}, part});
+      return state;
+    };
+    CHECK(!save(plain(memory)));
+    for (int i = 0; i < 3; ++i) {   // a state that is built anew every time
+      CHECK(save(plain(memory)));
+      CHECK(std::count(memory.begin(), memory.end(), static_cast<float>(step)) == static_cast<std::ptrdiff_t>(memory.size()));
+    }
+    CHECK(!save(plain(world.rank() == 1 ? other : memory)));   // one rank's memory has moved
+    CHECK(save(plain(world.rank() == 1 ? other : memory)));
+    dcp::StateDict across{{"number", number}, {"note", note}};
+    across.add("weight", dcp::ShardedTensor<float, Columns>{mesh, {90, 64}, columns});
+    CHECK(!save(across));
+    CHECK(save(across));
+    CHECK(std::count(columns.begin(), columns.end(), static_cast<float>(step)) == static_cast<std::ptrdiff_t>(columns.size()));
+    across.add("more", dcp::TensorView<float>{small, {7}});
+    CHECK(!save(across));
+    CHECK(save(across));
+    // Values that ranks hold differently are found in a save with a known plan too.
+    number = world.rank();
+    CHECK_THROWS_AS(checkpoints.save(++step, across), dcp::Error);
+    number = 0;
+    // And steps that ranks count differently.
+    try {
+      checkpoints.save(step + (world.rank() == 2 ? 1 : 0), across);
+      FAIL("no error");
+    } catch (dcp::Error const& error) {
+      CHECK(error.code() == dcp::ErrorCode::ranks_disagree);
+    }
+    CHECK(!save(across));
+  });
+}

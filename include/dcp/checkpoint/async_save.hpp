@@ -12,6 +12,7 @@
 #include <dcp/checkpoint/background.hpp>
 #include <dcp/checkpoint/exchange.hpp>
 #include <dcp/checkpoint/options.hpp>
+#include <dcp/checkpoint/plan_cache.hpp>
 #include <dcp/checkpoint/report.hpp>
 #include <dcp/checkpoint/save.hpp>
 #include <dcp/io/background_threads.hpp>
@@ -245,17 +246,51 @@ struct PendingSave {
   }
 };
 
+/// agree_and_plan, or what `cache` remembers of it where that holds on all ranks. Collective.
+template <class = Deferred>
+std::pair<std::shared_ptr<PlannedSave>, bool> agree_or_reuse(CommRef comm, AnyStorage const& storage, PlaceRef const& place, StateDict const& state, SaveSettings const& settings, Stopwatch& watch, std::vector<std::pair<std::string, Value>>& values, PlanCache<>* cache) {
+  if (cache != nullptr) {
+    watch.enter("agree");
+    struct Known {
+      std::uint64_t plan, values, place;
+      bool operator==(Known const&) const = default;
+    } mine{cache->match(state, options_in_words(storage, settings)), 0, crc64(as_byte_span(place.path))};
+    std::shared_ptr<PlannedSave> planned;
+    if (mine.plan != 0) {
+      planned = cache->rebound(state);
+      try {
+        mine.values = shared_values_digest(planned->agreed);
+      } catch (...) {
+        mine.plan = 0;   // agree_and_plan says what is wrong
+      }
+    }
+    auto const all = all_gather_value(comm, mine);
+    if (mine.plan != 0 && std::count(all.begin(), all.end(), mine) == comm.size()) {
+      watch.enter("plan");
+      Bytes const own = agree(comm, "save: plan", [&] { return own_values(planned->agreed, comm.rank()); });
+      values = collect_values(comm, planned->agreed, own);
+      return {std::move(planned), true};
+    }
+    cache->forget();
+  }
+  auto planned = agree_and_plan(comm, storage, place, state, settings, watch, values);
+  if (cache != nullptr && settings.check == Check::values) cache->remember(state, planned);
+  return {std::move(planned), false};
+}
+
 /// What the caller's thread does. Collective.
 ///
 /// `commit`  on rank 0: of its record `run` and the least sequence, and what is to be done when the checkpoint is in its place
 template <class = Deferred>
-std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storage, PlaceRef const& place, StateDict const& state, SaveSettings const& settings, std::shared_ptr<Stage<>> stage, CommitWork commit = {}, SaveEventCallback events = {}) {
+std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storage, PlaceRef const& place, StateDict const& state, SaveSettings const& settings, std::shared_ptr<Stage<>> stage, CommitWork commit = {}, SaveEventCallback events = {}, PlanCache<>* cache = nullptr) {
   auto pending = std::make_shared<PendingSave<>>(PendingSave<>{comm, std::move(stage), nullptr, {}, {}, false, nullptr});
   Stopwatch& watch = pending->watch;
   auto const begun = Stopwatch::clock::now();
   AnyMedium& medium = *place.medium;
   std::vector<std::pair<std::string, Value>> values;
-  auto const planned = agree_and_plan(comm, storage, place, state, settings, watch, values);
+  auto const agreed = agree_or_reuse(comm, storage, place, state, settings, watch, values, cache);
+  std::shared_ptr<PlannedSave> const& planned = agreed.first;
+  pending->report.plan_reused = agreed.second;
   describe_saved(*planned, pending->report);
 
   watch.enter("look");
@@ -292,7 +327,7 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
   watch.enter("plan");
   StagingPool<>& pool = *pending->stage->pool;
   pool.start();
-  SavePlan const writes = agree(comm, "save: plan", [&] {
+  auto const writes = agree(comm, "save: plan", [&] {
     typename BackgroundSave<>::Job job;
     job.medium = place.medium;
     job.place = pending->report.place, job.id = pending->report.id;
@@ -304,9 +339,10 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
     job.pool = pending->stage->pool;
     job.commit = std::move(commit);
     job.events = events;
-    SavePlan plan = planned->plan->writes(planned->agreed, comm.rank(), comm.size(), {opened.block_bytes, settings.writers_per_file});
-    for (std::uint32_t f = 0; f < plan.files().size(); ++f)
-      if (plan.files()[f].size == 0 && plan.owner_of(f, 0) == comm.rank()) job.empty_files.push_back(f);
+    auto const make = [&](PlannedSave const& of) { return of.plan->writes(of.agreed, comm.rank(), comm.size(), {opened.block_bytes, settings.writers_per_file}); };
+    auto plan = cache != nullptr && settings.check == Check::values ? cache->writes(opened.block_bytes, make) : std::make_shared<SavePlan const>(make(*planned));
+    for (std::uint32_t f = 0; f < plan->files().size(); ++f)
+      if (plan->files()[f].size == 0 && plan->owner_of(f, 0) == comm.rank()) job.empty_files.push_back(f);
     pending->save = std::make_shared<BackgroundSave<>>(std::move(job));
     return plan;
   });
@@ -317,10 +353,10 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
       BackgroundThreads<>::instance().run([save = pending->save] { save->run(); });
       begun_behind = true;
     });
-    StagingSink<> sink{comm, writes, *pending->stage, save};
+    StagingSink<> sink{comm, *writes, *pending->stage, save};
     // What a round holds must leave room for what is on its way to the storage.
     std::uint64_t const round = std::min(Budget::of(settings.memory_bytes, settings.threads).round_bytes, round_down(pool.capacity() / 4, Stage<>::piece_bytes));
-    Exchange<StagingSink<>>{comm, writes, round, watch, sink}.run();
+    Exchange<StagingSink<>>{comm, *writes, round, watch, sink}.run();
     watch.enter("stage");
     agree(comm, "save: stage", [&] { sink.finish(); });
     watch.here().bytes += save.staged_bytes();

@@ -268,7 +268,7 @@ class CheckpointManager : detail::a_storage<S> {
           if (events) events({SaveEvent::Kind::retired, gone.place, gone.run.step, {}});
       };
     });
-    last_ = detail::begin_save(comm_, *storage_, where(step), state, detail::settings_of(options_.save), stage_, std::move(commit), options_.events);
+    last_ = detail::begin_save(comm_, *storage_, where(step), state, detail::settings_of(options_.save), stage_, std::move(commit), options_.events, &cache_);
     return {last_, {}};
   }
 
@@ -353,6 +353,7 @@ class CheckpointManager : detail::a_storage<S> {
   std::unique_ptr<Lease> lease_;                        // on rank 0
   std::shared_ptr<detail::Run<>> run_;
   std::shared_ptr<detail::PendingSave<>> last_;
+  detail::PlanCache<> cache_;
 };
 
 }  // namespace dcp

@@ -58,6 +58,7 @@ struct Report {
   double stall_seconds = 0;              // that the call took, on the slowest rank
   std::uint64_t staged_bytes = 0;        // copied, on all ranks
   bool streamed = false;                 // some rank's part was larger than its staging memory, and had to be written while it was copied
+  bool plan_reused = false;              // names, shapes, layouts, memory and options were those of the save before
   bool skipped = false;                  // another save was under way, and this one was not begun
   std::vector<Phase> phases;
   // What a load did that a strict, complete, verified load of the same layout would not.

@@ -162,6 +162,15 @@ std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& 
   return transfers;
 }
 
+/// What ranks compare of the values that all of them must hold alike, as they are now.
+template <class = Deferred>
+std::uint64_t shared_values_digest(AgreedState const& state) {
+  ByteWriter out;
+  for (std::size_t v = 0; v < state.values.size(); ++v)
+    if (!state.values[v].per_rank && state.local_values[v] != nullptr) out.number(value_crc(value_now(*state.local_values[v])));
+  return crc64(out.bytes());
+}
+
 /// The values that this rank stores for all: its own where they are per rank, and those that no lower rank has. They are read here.
 template <class = Deferred>
 Bytes own_values(AgreedState const& state, int rank) {
@@ -297,7 +306,7 @@ std::string options_in_words(AnyStorage const& storage, SaveSettings const& sett
 ///
 /// `values`: becomes what is stored of values, on rank 0
 template <class = Deferred>
-std::shared_ptr<PlannedSave const> agree_and_plan(CommRef comm, AnyStorage const& storage, PlaceRef const& place, StateDict const& state, SaveSettings const& settings, Stopwatch& watch, std::vector<std::pair<std::string, Value>>& values) {
+std::shared_ptr<PlannedSave> agree_and_plan(CommRef comm, AnyStorage const& storage, PlaceRef const& place, StateDict const& state, SaveSettings const& settings, Stopwatch& watch, std::vector<std::pair<std::string, Value>>& values) {
   watch.enter("agree");
   auto planned = std::make_shared<PlannedSave>();
   planned->options = options_in_words(storage, settings);
