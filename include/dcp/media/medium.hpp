@@ -100,6 +100,7 @@ class Lease {
 };
 
 /// What the checkpoint floor asks of a medium; `MediumModel` below gives it to any type that models the Medium concept.
+/// It is called by several threads at once: those of a save in the background, and the program beside it.
 class AnyMedium {
  public:
   virtual ~AnyMedium() = default;
