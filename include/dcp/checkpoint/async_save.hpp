@@ -406,12 +406,15 @@ class [[nodiscard]] BasicPending {
   /// Whether this rank's part has ended within `time`, well or not. Local.
   template <class Rep, class Period>
   bool wait_for(std::chrono::duration<Rep, Period> time) const {
-    return here().save->wait_for(std::chrono::ceil<std::chrono::milliseconds>(time));
+    auto const& save = here().save;   // none of a save that was skipped
+    return !save || save->wait_for(std::chrono::ceil<std::chrono::milliseconds>(time));
   }
   /// Whether this rank's part has ended, well or not. Local.
   bool done() const { return wait_for(std::chrono::milliseconds{0}); }
   /// Ends the save if it is not committed yet; wait() then throws Error(cancelled). Local: one rank is enough.
-  void cancel() { here().save->interrupt(detail::Interruption::Why::cancelled); }
+  void cancel() {
+    if (auto const& save = here().save) save->interrupt(detail::Interruption::Why::cancelled);
+  }
 
   // Of the library.
   BasicPending(std::shared_ptr<detail::PendingSave<>> save, std::function<void(Error const&)> lost) : save_{std::move(save)}, lost_{std::move(lost)} {}

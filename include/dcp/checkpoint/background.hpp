@@ -304,7 +304,11 @@ class BackgroundSave {
     try {
       std::rethrow_exception(failure);
     } catch (...) {
-      lost(current_error());
+      try {
+        lost(current_error());
+      } catch (...) {
+        // A hook that throws has nobody to throw to.
+      }
     }
   }
 
