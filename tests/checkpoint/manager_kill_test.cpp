@@ -83,7 +83,7 @@ TEST_CASE("CheckpointManager: ranks that are killed at any time of overlapping s
     CAPTURE(all);
     shared.ended = 0;
     auto const ends = dcp::test::run_processes(ranks, [&](dcp::test::ProcComm& comm) { train_until_killed(comm, root, shared, victim, all, std::chrono::microseconds{random.between(0, 60'000)}); });
-    CHECK(ends[static_cast<std::size_t>(victim)].signal == SIGKILL);
+    if (!all) CHECK(ends[static_cast<std::size_t>(victim)].signal == SIGKILL);   // who kills all may see the others die, and leave with that
     ++kills;
     int const readers = static_cast<int>(random.between(1, 4));
     auto const loads = dcp::test::run_processes(readers, [&](dcp::test::ProcComm& comm) {

@@ -127,9 +127,14 @@ class Rendezvous {
   }
 
   /// This rank's part is durable.
-  void tell_done(std::map<std::string, FileSums> const& sums) { tell(ByteWriter{}.number(std::uint8_t{1}).block(encode(sums)).take()); }
-  /// This rank failed. Never throws: the storage may be what failed, and then silence says so.
+  void tell_done(std::map<std::string, FileSums> const& sums) {
+    told_ = true;
+    tell(ByteWriter{}.number(std::uint8_t{1}).block(encode(sums)).take());
+  }
+  /// This rank failed. Never throws: the storage may be what failed, and then silence says so. Nothing is told after "done", which rank 0 may have read: the attempt
+  /// may be the checkpoint by now.
   void tell_failed(Error const& error) noexcept {
+    if (std::exchange(told_, true)) return;
     try {
       tell(ByteWriter{}.number(std::uint8_t{0}).block(error.encode()).take());
     } catch (...) {
@@ -258,6 +263,7 @@ class Rendezvous {
   Interruption& interruption_;
   clock::time_point last_sign_ = clock::now();
   std::uint64_t signs_ = 0;
+  bool told_ = false;
   std::uint64_t sequence_ = 0;   // of the attempt
 };
 
