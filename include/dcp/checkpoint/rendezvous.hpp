@@ -128,13 +128,12 @@ class Rendezvous {
 
   /// This rank's part is durable.
   void tell_done(std::map<std::string, FileSums> const& sums) {
-    told_ = true;
     tell(ByteWriter{}.number(std::uint8_t{1}).block(encode(sums)).take());
   }
   /// This rank failed. Never throws: the storage may be what failed, and then silence says so. Nothing is told after "done", which rank 0 may have read: the attempt
   /// may be the checkpoint by now.
   void tell_failed(Error const& error) noexcept {
-    if (std::exchange(told_, true)) return;
+    if (told_) return;
     try {
       tell(ByteWriter{}.number(std::uint8_t{0}).block(error.encode()).take());
     } catch (...) {
@@ -223,7 +222,15 @@ class Rendezvous {
   void tell(Bytes message) {
     std::uint64_t const crc = crc64(message);
     append(message, std::as_bytes(std::span{&crc, 1}));
-    write_file_durably(medium_, directory_, std::string{done_prefix} + std::to_string(rank_), message);
+    std::string const path = directory_ + '/' + std::string{done_prefix} + std::to_string(rank_), temporary = path + ".tmp";
+    auto const file = medium_.open_write(temporary);
+    file->resize(message.size());
+    file->write_at(0, message);
+    file->sync();
+    file->close();
+    // From here on rank 0 may act on it, so nothing may fail any more; that the name is durable matters to nobody.
+    told_ = true;
+    medium_.rename_file(temporary, path);
   }
   // The sums in a message; throws the Error in it.
   Bytes heard(std::string const& path) {
