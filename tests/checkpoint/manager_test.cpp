@@ -287,7 +287,9 @@ TEST_CASE("CheckpointManager: events tell what happened, in order, and a callbac
   CHECK(count(0, "written 2") == 1);
   CHECK(count(0, "committed 2") == 1);
   CHECK(count(0, "retired 1") == 1);
-  CHECK(count(1, "written") == 2);
+  CHECK(count(1, "staged 1") == 1);
+  CHECK(count(1, "written 1") == 1);
+  CHECK(count(1, "written 2") == 1);
   CHECK(count(1, "committed 1") == 0);
 }
 

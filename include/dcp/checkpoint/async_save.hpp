@@ -112,16 +112,14 @@ class StagingSink {
   StagingSink(StagingSink const&) = delete;
 
   void direct(std::uint32_t f, FileRange range) {
-    for (std::uint64_t at = range.begin; at < range.end;) {
-      std::uint64_t const end = std::min(range.end, round_down(at, Stage<>::piece_bytes) + Stage<>::piece_bytes);
+    for_each_piece(range, Stage<>::piece_bytes, [&](std::uint64_t at, std::uint64_t end) {
       stage_.workers.submit([this, f, at, end](std::size_t) {
         Staged memory = stage_.pool->take(end - at, [] {});
         std::uint64_t const held = plan_.gather(f, at, end, memory.bytes.data());
         if (held != end - at) throw Error{ErrorCode::incomplete, "this rank holds " + std::to_string(held) + " of " + std::to_string(end - at) + " bytes that it is to write"}.with_path(plan_.files()[f].path).with_range(at, end);
         save_.stage(f, at, std::move(memory));
       });
-      at = end;
-    }
+    });
   }
   std::uint64_t most_bytes() const { return Stage<>::piece_bytes; }
   Staged segment(std::uint64_t bytes) {
@@ -341,8 +339,7 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
     job.events = events;
     auto const make = [&](PlannedSave const& of) { return of.plan->writes(of.agreed, comm.rank(), comm.size(), {opened.block_bytes, settings.writers_per_file}); };
     auto plan = cache != nullptr && settings.check == Check::values ? cache->writes(opened.block_bytes, make) : std::make_shared<SavePlan const>(make(*planned));
-    for (std::uint32_t f = 0; f < plan->files().size(); ++f)
-      if (plan->files()[f].size == 0 && plan->owner_of(f, 0) == comm.rank()) job.empty_files.push_back(f);
+    job.empty_files = plan->empty_files();
     pending->save = std::make_shared<BackgroundSave<>>(std::move(job));
     return plan;
   });

@@ -240,7 +240,7 @@ class BackgroundSave {
 
     enter("meet");
     if (job_.rank != 0) meeting.tell_done(sums);
-    else if (job_.ranks > 1) sums = meeting.wait_for_all(sums), meeting.clear();
+    else if (job_.ranks > 1) sums = meeting.wait_for_all(std::move(sums)), meeting.clear();
     enter("commit");
     if (job_.rank == 0) {
       interruption_.pause(std::chrono::milliseconds{0});

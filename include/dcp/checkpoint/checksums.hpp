@@ -97,15 +97,20 @@ std::map<std::string, FileSums> decode_sums(ConstByteSpan bytes) {
   if (!in.done()) throw Error{ErrorCode::unknown, "a message with checksums is damaged"};
   return files;
 }
-/// The sums of two groups of ranks as one. Throws Error(ranks_disagree) if they planned different sizes for a file.
+/// Adds the sums of other ranks. Throws Error(ranks_disagree) if they planned different sizes for a file.
 template <class = Deferred>
-Bytes merge_sums(Bytes a, Bytes b) {
-  auto files = decode_sums(a);
-  for (auto& [path, file] : decode_sums(b)) {
+void add_sums(std::map<std::string, FileSums>& files, std::map<std::string, FileSums> const& more) {
+  for (auto const& [path, file] : more) {
     auto const [at, fresh] = files.try_emplace(path, FileSums{file.size, {}});
     if (at->second.size != file.size) throw Error{ErrorCode::ranks_disagree, "ranks planned " + std::to_string(at->second.size) + " and " + std::to_string(file.size) + " bytes"}.with_path(path);
     for (auto const& [chunk, sum] : file.chunks) at->second.chunks[chunk] += sum;
   }
+}
+/// The sums of two groups of ranks as one. Throws as add_sums.
+template <class = Deferred>
+Bytes merge_sums(Bytes a, Bytes b) {
+  auto files = decode_sums(a);
+  add_sums(files, decode_sums(b));
   return encode(files);
 }
 

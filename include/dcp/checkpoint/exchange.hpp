@@ -22,6 +22,15 @@
 
 namespace dcp::detail {
 
+/// Calls visit(begin, end) for the pieces of `range` between multiples of `grid`, so that a chunk is rarely cut.
+template <class Visit>
+void for_each_piece(FileRange range, std::uint64_t grid, Visit visit) {
+  for (std::uint64_t at = range.begin, end = 0; at < range.end; at = end) {
+    end = std::min(range.end, round_down(at, grid) + grid);
+    visit(at, end);
+  }
+}
+
 /// `Sink`:   direct(file, range)            a range of a file that this rank owns and has all bytes of, of any length
 ///           most_bytes()                   of a segment
 ///           segment(bytes) -> Staged       memory to gather a segment in

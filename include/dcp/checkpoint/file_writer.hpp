@@ -94,9 +94,9 @@ class FileWriter {
   template <class Done, class Meanwhile>
   void wait_until(Done done, Meanwhile meanwhile) { workers_.wait_until(done, meanwhile); }
 
-  /// Waits for all writes; syncs and closes all files. `phase` is called as the one ends and the other begins.
-  template <class Meanwhile, class Phase>
-  std::map<std::string, FileSums> finish(Meanwhile meanwhile, Phase syncing) {
+  /// Waits for all writes; calls syncing(); syncs and closes all files. Returns the sums of what was written.
+  template <class Meanwhile, class Syncing>
+  std::map<std::string, FileSums> finish(Meanwhile meanwhile, Syncing syncing) {
     workers_.finish(meanwhile);
     for (auto& lane : lanes_)
       while (lane.idle.size() < lane.writes.size()) end_one(lane), meanwhile();

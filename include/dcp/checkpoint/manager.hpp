@@ -258,10 +258,10 @@ class CheckpointManager : detail::a_storage<S> {
       if (last_ && last_->save->state() == detail::BackgroundSave<>::State::running) stage_ = std::make_shared<detail::Stage<>>(options_.staging_bytes, detail::Stages<>::copy_threads());
       if (step < 0) throw Error{ErrorCode::invalid_argument, "step " + std::to_string(step)};
       if (metric && !std::isfinite(*metric)) throw Error{ErrorCode::invalid_argument, "a metric that is no finite number"};
+      commit.record.run = {step, metric.has_value(), metric.value_or(0)};
       if (comm_.rank() != 0) return;
       std::uint64_t newest = 0;
       for (auto const& one : run_->checkpoints()) newest = std::max(newest, one.sequence);
-      commit.record.run = {step, metric.has_value(), metric.value_or(0)};
       commit.record.sequence = newest + 1;
       commit.after = [run = run_, retention = detail::Retention{options_.keep_last, options_.keep_every, options_.keep_best, options_.best}, events = options_.events] {
         for (auto const& gone : run->settle(retention))

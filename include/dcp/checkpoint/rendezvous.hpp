@@ -127,9 +127,7 @@ class Rendezvous {
   }
 
   /// This rank's part is durable.
-  void tell_done(std::map<std::string, FileSums> const& sums) {
-    tell(ByteWriter{}.number(std::uint8_t{1}).block(encode(sums)).take());
-  }
+  void tell_done(std::map<std::string, FileSums> const& sums) { tell(ByteWriter{}.number(std::uint8_t{1}).block(encode(sums)).take()); }
   /// This rank failed. Never throws: the storage may be what failed, and then silence says so. Nothing is told after "done", which rank 0 may have read: the attempt
   /// may be the checkpoint by now.
   void tell_failed(Error const& error) noexcept {
@@ -140,9 +138,8 @@ class Rendezvous {
     }
   }
 
-  /// On rank 0: the sums of all ranks together. Throws the Error of a rank that failed, Error(rank_failed) for one that gave no sign of life.
-  std::map<std::string, FileSums> wait_for_all(std::map<std::string, FileSums> const& mine) {
-    Bytes all = encode(mine);
+  /// On rank 0, whose own are `all`: the sums of all ranks together. Throws the Error of a rank that failed, Error(rank_failed) for one that gave no sign of life.
+  std::map<std::string, FileSums> wait_for_all(std::map<std::string, FileSums> all) {
     std::vector<bool> done(static_cast<std::size_t>(ranks_));
     done[0] = true;
     int missing = ranks_ - 1;
@@ -158,7 +155,7 @@ class Rendezvous {
           continue;
         }
         if (done[static_cast<std::size_t>(rank)]) continue;
-        all = merge_sums(std::move(all), heard(directory_ + '/' + entry.name));
+        add_sums(all, heard(directory_ + '/' + entry.name));
         done[static_cast<std::size_t>(rank)] = true;
         --missing;
         news = true;
@@ -174,7 +171,7 @@ class Rendezvous {
       }
       interruption_.pause(pause);
     }
-    return decode_sums(all);
+    return all;
   }
   /// On rank 0, before the commit.
   void clear() {
@@ -233,7 +230,7 @@ class Rendezvous {
     medium_.rename_file(temporary, path);
   }
   // The sums in a message; throws the Error in it.
-  Bytes heard(std::string const& path) {
+  std::map<std::string, FileSums> heard(std::string const& path) {
     Bytes const bytes = read_file(medium_, path, most_record_bytes);
     if (bytes.size() < 8 || crc64(ConstByteSpan{bytes}.first(bytes.size() - 8)) != load_little_endian<std::uint64_t>(bytes.data() + bytes.size() - 8))
       throw Error{ErrorCode::corrupt, "what a rank wrote about its part is damaged"}.with_path(path);
@@ -241,7 +238,7 @@ class Rendezvous {
     bool const ok = in.number<std::uint8_t>() == 1;
     auto const block = in.block();
     if (!ok) throw Error::decode(block);
-    return {block.begin(), block.end()};
+    return decode_sums(block);
   }
   std::optional<Error> failure_told() {
     try {

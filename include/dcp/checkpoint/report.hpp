@@ -86,7 +86,7 @@ struct Report {
         << human_bytes(report.tensor_bytes) << ", " << report.values << (report.values == 1 ? " value, on " : " values, on ") << report.ranks
         << (report.ranks == 1 ? " rank, in " : " ranks, in ") << number(report.seconds) << " s";
     if (report.skipped) out << "\n  skipped: another save was under way";
-    if (report.staged_bytes > 0) out << "\n  stall     " << number(report.stall_seconds) << " s, " << human_bytes(report.staged_bytes) << " copied" << (report.streamed ? "; more than staging memory holds, so that it was written meanwhile" : "");
+    if (report.staged_bytes > 0) out << "\n  stall     " << number(report.stall_seconds) << " s, " << human_bytes(report.staged_bytes) << " copied" << (report.streamed ? "; more than staging memory holds, so that it was written meanwhile" : "") << (report.plan_reused ? "; with the plan of the save before" : "");
     for (auto const& phase : report.phases) {
       out << "\n  " << phase.name << std::string(phase.name.size() < 10 ? 10 - phase.name.size() : 1, ' ') << number(phase.longest()) << " s";
       if (phase.bytes() > 0) out << ", " << human_bytes(phase.bytes()) << " in " << phase.operations() << " operations";

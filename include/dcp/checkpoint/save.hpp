@@ -289,7 +289,7 @@ void commit_attempt(AnyMedium& medium, Attempt<>& attempt, std::map<std::string,
   attempt.commit();
 }
 
-/// What ranks have agreed to save, and where which byte of it goes. Moves as a whole: plans refer to it.
+/// What ranks have agreed to save, and where which byte of it goes. Stays where it is: plans refer to it.
 struct PlannedSave {
   AgreedState agreed;
   std::optional<PlannedState> plan;

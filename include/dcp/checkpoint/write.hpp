@@ -35,8 +35,7 @@ class Writer {
     exchange.run();
     return agree(comm_, "save: write", [&] {
       watch_.enter("write");
-      for (std::uint32_t f = 0; f < plan_.files().size(); ++f)
-        if (plan_.files()[f].size == 0 && plan_.owner_of(f, 0) == comm_.rank()) files_.create(f);
+      for (auto const f : plan_.empty_files()) files_.create(f);
       auto sums = files_.finish([&] { alive(); },
                                 [&] {
                                   watch_.here().bytes += files_.total_bytes();
@@ -50,17 +49,14 @@ class Writer {
   }
 
   // Sink of the exchange.
-  // Blocks that this rank owns and has all bytes of, in pieces on the grid of the buffers, so that a chunk is rarely cut.
   void direct(std::uint32_t f, FileRange range) {
-    for (std::uint64_t at = range.begin; at < range.end;) {
-      std::uint64_t const end = std::min(range.end, round_down(at, files_.buffer_bytes()) + files_.buffer_bytes());
+    for_each_piece(range, files_.buffer_bytes(), [&](std::uint64_t at, std::uint64_t end) {
       files_.write(f, {at, end}, [this, f, at, held = std::uint64_t{0}](std::uint64_t position, ByteSpan part) mutable {
         held += plan_.gather(f, position, position + part.size(), part.data());
         if (held != position + part.size() - at)
           throw Error{ErrorCode::incomplete, "this rank holds " + std::to_string(held) + " of " + std::to_string(position + part.size() - at) + " bytes that it is to write"};
       });
-      at = end;
-    }
+    });
   }
   std::uint64_t most_bytes() const { return ~std::uint64_t{0}; }
   Staged segment(std::uint64_t bytes) const {

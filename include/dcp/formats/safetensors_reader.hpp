@@ -192,7 +192,7 @@ class HeaderReader : public JsonReader<HeaderReader> {
 };
 
 /// Finds names that occur twice: refused, or all but the last one dropped.
-/// Cost      about 30 ns a name; n log n whatever the names are, while a hash table could be flooded by its enemy
+/// Cost      linear where names differ; n log n whatever they are, while a hash table could be flooded by its enemy
 template <class = Deferred>
 void settle_duplicates(HeaderReader& reader, bool allow) {
   struct Key {

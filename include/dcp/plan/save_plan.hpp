@@ -219,6 +219,15 @@ class SavePlan {
     return shares_.writer_of(stored.tensor, index);
   }
 
+  /// Files without bytes that this rank is to create: no write of anybody does.
+  template <class = Deferred>
+  std::vector<std::uint32_t> empty_files() const {
+    std::vector<std::uint32_t> mine;
+    for (std::uint32_t f = 0; f < files().size(); ++f)
+      if (files()[f].size == 0 && owner_of(f, 0) == rank_) mine.push_back(f);
+    return mine;
+  }
+
   /// What this rank does in [begin, end) of a file: both multiples of the block size, or the end of the file.
   template <class = Deferred>
   Window window(std::uint32_t file, std::uint64_t begin, std::uint64_t end) const {
