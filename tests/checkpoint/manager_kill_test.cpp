@@ -108,10 +108,11 @@ TEST_CASE("CheckpointManager: ranks that are killed at any time of overlapping s
     GenerationState state{comm, 300};
     Manager checkpoints{comm, root, {.keep_last = keep}};
     checkpoints.save(checkpoints.latest().value_or(0) + 1, state.state());
+    shared.latest = *checkpoints.latest();
     shared.kept = static_cast<std::int64_t>(checkpoints.steps().size());
   });
   for (auto const& end : last) CHECK_MESSAGE(end.exit_code == 0, end.text());
-  CHECK(shared.kept == keep);
+  CHECK(std::int64_t{shared.kept} == std::min(std::int64_t{keep}, std::int64_t{shared.latest}));   // a slow machine may never have got further than the first
   CHECK(kills >= 5);
   if (dcp::test::long_run()) MESSAGE(kills << " kills");
 }

@@ -37,15 +37,6 @@ using OnMemory = dcp::BasicSafeTensors<dcp::Memory>;
 using Deferred = dcp::BasicDeferredStager<false>;
 using Guarded = dcp::BasicDeferredStager<true>;
 
-// Broken: says that it has copied when it has only begun to.
-struct Hasty {
-  static constexpr std::string_view name = "hasty";
-  static void begin(dcp::StagingWork& work) {
-    work.begin_copies();
-    work.exchange();
-  }
-  static void finish(dcp::StagingWork&) {}
-};
 // Broken: leaves out what other ranks wait for.
 struct Lonely {
   static constexpr std::string_view name = "lonely";
@@ -105,6 +96,17 @@ TEST_CASE("stagers: sources that are overwritten in a loop as soon as the stager
 #endif
 #endif
 #ifndef DCP_TEST_SEES_RACES   // which would end the program for what it is: a data race
+namespace {
+// Broken: says that it has copied when it has only begun to.
+struct Hasty {
+  static constexpr std::string_view name = "hasty";
+  static void begin(dcp::StagingWork& work) {
+    work.begin_copies();
+    work.exchange();
+  }
+  static void finish(dcp::StagingWork&) {}
+};
+}  // namespace
 TEST_CASE("stagers: that same loop finds a stager that returns before it has copied") {
   CHECK(torn_snapshots<Hasty>(1, 20, 40'000) > 0);
 }

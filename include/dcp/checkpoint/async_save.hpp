@@ -140,13 +140,16 @@ struct PendingSave {
   }
 
  private:
-  static bool is_cancellation(std::exception_ptr const& failure) {
+  // How little a failure says of what went wrong: 0 for a cause; more for what other ranks' failures bring with them: the attempt is emptied under a rank
+  // that is still at work in it, or the rank is told to end.
+  static int remoteness(BackgroundSave<> const& save, std::exception_ptr const& failure) {
     try {
       std::rethrow_exception(failure);
     } catch (Error const& error) {
-      return error.code() == ErrorCode::cancelled;
+      if (error.code() == ErrorCode::cancelled && save.was_followed()) return 2;
+      return error.code() == ErrorCode::missing_file ? 1 : 0;
     } catch (...) {
-      return false;
+      return 0;
     }
   }
   // In each, every rank says how far it is. One that has failed ends the others; when rank 0 has ended, all is decided. When nothing has moved on any rank for
@@ -179,14 +182,14 @@ struct PendingSave {
   }
   void finish() {
     save->observe();
-    // Who was ended by another's failure has nothing to say, unless nobody has.
+    // Causes before their consequences, if any rank knows one.
     try {
-      for (bool const last : {false, true})
+      for (int const remote : {0, 1, 2})
         agree(comm, "save", [&] {
           if (save->state() == BackgroundSave<>::State::running)
             throw Error{ErrorCode::timeout, "rank " + std::to_string(comm.rank()) + " has not finished, and nothing has moved on any rank for " + std::to_string(save->deadline().count()) + " ms: its storage does not answer"}.with_path(report.place);
           auto const failed = save->failure();
-          if (failed && (last || !save->was_followed() || !is_cancellation(failed))) std::rethrow_exception(failed);
+          if (failed && remoteness(*save, failed) <= remote) std::rethrow_exception(failed);
         });
     } catch (...) {
       if (save->state() != BackgroundSave<>::State::running) save->forget_attempt();

@@ -143,11 +143,13 @@ class Staging final : public StagingWork {
   template <class = Deferred>
   void remember() {
     remembered_ = digests();
+    guarding_ = true;
     ++open_;
   }
   /// Throws Error(changed) with the names of tensors that are not as they were.
   template <class = Deferred>
   void unchanged() {
+    if (!std::exchange(guarding_, false)) return;
     auto const now = digests();
     std::vector<std::string> names;
     for (std::size_t t = 0; t < now.size(); ++t)
@@ -230,7 +232,7 @@ class Staging final : public StagingWork {
   Stopwatch& watch_;
   std::chrono::milliseconds deadline_;
   std::uint64_t round_bytes_ = 0;
-  bool begun_ = false, exchanged_ = false, finished_ = false;
+  bool begun_ = false, exchanged_ = false, finished_ = false, guarding_ = false;
   std::atomic<std::uint64_t> open_{1};   // jobs that have not ended, the exchange, the guard
   std::vector<std::uint64_t> remembered_;
 };
