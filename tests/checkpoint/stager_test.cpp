@@ -95,7 +95,7 @@ TEST_CASE("stagers: sources that are overwritten in a loop as soon as the stager
 #define DCP_TEST_SEES_RACES
 #endif
 #endif
-#ifndef DCP_TEST_SEES_RACES   // which would end the program for what it is: a data race
+#ifndef DCP_TEST_SEES_RACES   // which would end the program for what these are about: a data race
 namespace {
 // Broken: says that it has copied when it has only begun to.
 struct Hasty {
@@ -109,6 +109,26 @@ struct Hasty {
 }  // namespace
 TEST_CASE("stagers: that same loop finds a stager that returns before it has copied") {
   CHECK(torn_snapshots<Hasty>(1, 20, 40'000) > 0);
+}
+
+TEST_CASE("DeferredStager: guarded, it names the tensors that changed while they were to stay, on all ranks, and nothing is published") {
+  dcp::Memory const store;
+  dcp::run_threads(2, [&](dcp::ThreadComm& world) {
+    dcp::DeviceMesh<1> const mesh{world, {2}};
+    std::vector<float> steady(1 << 16, 1), changing(1 << 16, 1);
+    dcp::ShardedTensor<float, dcp::Placement<dcp::Shard<0>>> first{mesh, {1 << 17}, steady}, second{mesh, {1 << 17}, changing};
+    dcp::StateDict const state{{"steady", first}, {"changing", second}};
+    dcp::Pending pending = dcp::async_save<OnMemory, Guarded>(world, {store, "ckpt"}, state);
+    if (world.rank() == 1) changing[77] = 2;
+    auto const staged = error_of([&] { pending.wait_staged(); }), waited = error_of([&] { pending.wait(); });
+    REQUIRE((staged && waited));
+    CHECK(staged->code() == dcp::ErrorCode::changed);
+    CHECK(staged->message().find("changing") != std::string::npos);
+    CHECK(staged->message().find("steady") == std::string::npos);
+    CHECK(waited->code() == dcp::ErrorCode::changed);
+    dcp::async_save<OnMemory, Guarded>(world, {store, "ckpt"}, state).wait();   // the next one works
+  });
+  CHECK(dcp::Memory{store}.list("").size() == 1);
 }
 #endif
 
@@ -181,26 +201,6 @@ TEST_CASE("DeferredStager: a part that is larger than staging memory streams thr
     dcp::load<OnMemory>(world, {store, "ckpt"}, state);
     CHECK(state.generation() == 5);
   });
-}
-
-TEST_CASE("DeferredStager: guarded, it names the tensors that changed while they were to stay, on all ranks, and nothing is published") {
-  dcp::Memory const store;
-  dcp::run_threads(2, [&](dcp::ThreadComm& world) {
-    dcp::DeviceMesh<1> const mesh{world, {2}};
-    std::vector<float> steady(1 << 16, 1), changing(1 << 16, 1);
-    dcp::ShardedTensor<float, dcp::Placement<dcp::Shard<0>>> first{mesh, {1 << 17}, steady}, second{mesh, {1 << 17}, changing};
-    dcp::StateDict const state{{"steady", first}, {"changing", second}};
-    dcp::Pending pending = dcp::async_save<OnMemory, Guarded>(world, {store, "ckpt"}, state);
-    if (world.rank() == 1) changing[77] = 2;
-    auto const staged = error_of([&] { pending.wait_staged(); }), waited = error_of([&] { pending.wait(); });
-    REQUIRE((staged && waited));
-    CHECK(staged->code() == dcp::ErrorCode::changed);
-    CHECK(staged->message().find("changing") != std::string::npos);
-    CHECK(staged->message().find("steady") == std::string::npos);
-    CHECK(waited->code() == dcp::ErrorCode::changed);
-    dcp::async_save<OnMemory, Guarded>(world, {store, "ckpt"}, state).wait();   // the next one works
-  });
-  CHECK(dcp::Memory{store}.list("").size() == 1);
 }
 
 TEST_CASE("DeferredStager: a Pending that is dropped before the copy reads nothing any more, and the failure of its save is not lost") {

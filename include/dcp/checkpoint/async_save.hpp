@@ -99,7 +99,6 @@ struct PendingSave {
     if (!staging->finished()) return;   // a stager that leaves the copies to themselves
     save->wait_for_hand_over();
     staging.reset();
-    save->staged_event();
   }
   void staging_failed(std::exception_ptr const& why) {
     save->staging_ended(why);

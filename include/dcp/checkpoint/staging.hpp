@@ -210,7 +210,9 @@ class Staging final : public StagingWork {
     });
   }
   void one_ended() {
-    if (--open_ == 0) save_->staging_ended();
+    if (--open_ > 0) return;
+    save_->staged_event();
+    save_->staging_ended();
   }
   template <class = Deferred>
   std::vector<std::uint64_t> digests() const {
