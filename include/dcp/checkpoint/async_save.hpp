@@ -337,7 +337,7 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
     job.pool = pending->stage->pool;
     job.commit = std::move(commit);
     job.events = events;
-    auto const make = [&](PlannedSave const& of) { return of.plan->writes(of.agreed, comm.rank(), comm.size(), {opened.block_bytes, settings.writers_per_file}); };
+    auto const make = [&](PlannedSave const& of) { return of.plan->writes(of.agreed, comm.rank(), comm.size(), {opened.block_bytes, writers_per_file(medium, settings.writers_per_file)}); };
     auto plan = cache != nullptr && settings.check == Check::values ? cache->writes(opened.block_bytes, make) : std::make_shared<SavePlan const>(make(*planned));
     job.empty_files = plan->empty_files();
     pending->save = std::make_shared<BackgroundSave<>>(std::move(job));

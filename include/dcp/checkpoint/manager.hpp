@@ -3,7 +3,7 @@
 // CheckpointManager: the checkpoints of one training run, each in a directory of its own below a root, by step.
 //
 //   root/step-00000100        a checkpoint; which step it is of, and which came later, stands in its commit record and not in its name
-//   root/step-00000200.dcp-*  one that is being saved or removed, or the wreck of that
+//   root/step-00000200.dcp-*  one that is being saved or removed, or the wreck of that (root/step-00000200/dcp-*, where directories are not renamed)
 //   root/latest               the name of the newest, for people and scripts. The manager itself does not read it
 //   root/dcp.pins             steps that retention leaves alone
 //
@@ -27,6 +27,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -152,6 +153,10 @@ class Run {
   /// pattern beside a place goes.
   void clean() const {
     for (auto const& entry : medium_->list(root_)) {
+      if (!medium_->renames_directories()) {
+        if (entry.kind == EntryKind::directory && entry.name.starts_with(step_prefix)) clean_below(root_ + '/' + entry.name);
+        continue;
+      }
       auto const infix = entry.name.find(attempt_infix);
       std::uint64_t id = 0;
       if (entry.kind != EntryKind::directory || !entry.name.starts_with(step_prefix) || infix == std::string::npos || !parse_hex16(std::string_view{entry.name}.substr(infix + attempt_infix.size()), id)) continue;
@@ -174,8 +179,17 @@ class Run {
   }
 
  private:
+  void clean_below(std::string const& place) const {
+    try {
+      auto const occupant = look_at(*medium_, place);
+      clean_attempts(*medium_, place, siblings_of(*medium_, place, occupant.record), occupant);
+    } catch (Error const&) {
+      // As above.
+    }
+  }
   // Aside first, so that what a crash leaves of it is known for what it is. A reader keeps the files that it has open, and is told that the rest is gone.
   void retire(std::string const& place) const {
+    if (!medium_->renames_directories()) return remove_with_record_first(*medium_, place);
     if (auto const record = read_record(*medium_, place)) {
       std::string const aside = place + std::string{attempt_infix} + record->id;
       if (medium_->publish_new(place, aside)) medium_->sync_directory(root_);
@@ -220,7 +234,12 @@ class CheckpointManager : detail::a_storage<S> {
       place.medium->create_directories(place.path);
       std::string const path = place.medium->resolve_place(place.path + "/step");
       std::string const here = detail::split_path(path).first;
-      lease_ = place.medium->acquire_lease(here + '/' + std::string{detail::manager_lease_name});
+      // That of a manager that was killed may look held for a while.
+      for (auto const until = std::chrono::steady_clock::now() + place.medium->lease_life();; std::this_thread::sleep_for(std::chrono::milliseconds{200})) {
+        lease_ = place.medium->acquire_lease(here + '/' + std::string{detail::manager_lease_name});
+        if (lease_ || std::chrono::steady_clock::now() >= until) break;
+        comm_.progress();
+      }
       if (!lease_) {
         Error error{ErrorCode::busy, "another CheckpointManager keeps the checkpoints of this directory"};
         throw error.with_path(here).with_hint("one manager per run: give each its own directory, or end the other one first");
