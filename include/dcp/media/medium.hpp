@@ -17,6 +17,7 @@
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
 
+#include <cerrno>
 #include <chrono>
 #include <concepts>
 #include <cstdint>
@@ -96,7 +97,8 @@ class ReadableFile {
   virtual std::uint64_t size() const = 0;
   /// A number that is another one when the contents have been changed or replaced, as far as the medium can tell; 0 if it cannot.
   virtual std::uint64_t version() const { return 0; }
-  /// Fills all of `out` from `offset`. Throws Error(truncated) where the file ends, Error(io) where the system refuses.
+  /// Fills all of `out` from `offset`. Throws Error(truncated) where the file ends, Error(io) where the system refuses, with ESTALE where an open file does not
+  /// outlive its replacement, and it was replaced.
   virtual void read_at(std::uint64_t offset, ByteSpan out) = 0;
   /// Fills `pieces` one after the other with what lies from `offset` on; as read_at, in one operation where the medium can.
   virtual void read_pieces(std::uint64_t offset, std::span<ByteSpan const> pieces) {
@@ -325,12 +327,19 @@ class MediumModel final : public AnyMedium {
 /// The whole of a small file. Throws Error(limit) if it is larger than `most`, before reading it.
 template <class = Deferred>
 Bytes read_file(AnyMedium& medium, std::string const& path, std::uint64_t most) {
-  auto const file = medium.open_read(path);
-  auto const size = file->size();
-  if (size > most) throw Error{ErrorCode::limit, "a file of " + std::to_string(size) + " bytes, over the limit of " + std::to_string(most)}.with_path(path);
-  Bytes bytes(static_cast<std::size_t>(size));
-  file->read_at(0, bytes);
-  return bytes;
+  for (int most_replacements = 64;; --most_replacements) {
+    auto const file = medium.open_read(path);
+    auto const size = file->size();
+    if (size > most) throw Error{ErrorCode::limit, "a file of " + std::to_string(size) + " bytes, over the limit of " + std::to_string(most)}.with_path(path);
+    Bytes bytes(static_cast<std::size_t>(size));
+    try {
+      file->read_at(0, bytes);
+      return bytes;
+    } catch (Error const& error) {
+      // Another one has come to its name since it was opened.
+      if (error.system_error() != ESTALE || most_replacements == 0) throw;
+    }
+  }
 }
 
 /// Writes a small file durably under its final name: temporary name, sync, rename, sync of the directory; or puts it there.
