@@ -6,6 +6,7 @@
 #include <dcp/checkpoint/manager.hpp>
 #include <dcp/checkpoint/remove.hpp>
 #include <dcp/checkpoint/save.hpp>
+#include <dcp/checkpoint/tiered.hpp>
 #include <dcp/comm/self.hpp>
 #include <dcp/comm/threads.hpp>
 #include <dcp/media/local_fs.hpp>
@@ -24,6 +25,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <functional>
@@ -343,6 +345,31 @@ TEST_CASE("CheckpointManager: keeps, finds, pins and retires checkpoints in an o
   });
 }
 
+TEST_CASE("Tiered: a local disk and an object store both have what was saved, and the store alone brings it back") {
+  ObjectStore const store{quick()};
+  std::string const root = fresh();
+  using Tiers = dcp::Tiered<dcp::SafeTensors, OnStore>;
+  for (int machine = 0; machine < 2; ++machine) {
+    dcp::test::TemporaryDirectory directory;
+    dcp::run_threads(2, [&](dcp::ThreadComm& world) {
+      GenerationState state{world, rows};
+      Tiers checkpoints{world, directory.path(), {store, root}, {.near = {.keep_last = 1}, .keep_last = 2}};
+      if (machine == 1) {
+        state.scribble();
+        checkpoints.load(checkpoints.latest().value_or(-1), state.state());
+        CHECK(state.generation() == 3);
+      }
+      for (std::int64_t step = 1 + 3 * machine; step <= 3 + 3 * machine; ++step) {
+        state.fill(static_cast<std::uint64_t>(step));
+        static_cast<void>(checkpoints.async_save(step, state.state()));
+      }
+      checkpoints.wait();
+      CHECK(checkpoints.steps() == Steps{2 + 3 * machine, 3 + 3 * machine});
+      CHECK(checkpoints.near_steps() == Steps{3 + 3 * machine});
+    });
+  }
+}
+
 TEST_CASE("ObjectStore: a lease is kept alive while it is held, however long, and is free a while after its holder was killed") {
   auto options = quick();
   options.lease_life = 2s;
@@ -382,7 +409,7 @@ TEST_CASE("ObjectStore: a saver that is killed at any time leaves the checkpoint
   dcp::test::Random random{seed};
   std::uint64_t newest = 1;
   save_generation(1, store, place, newest);
-  int killed = 0;
+  int killed = 0, rounds = 0;
   for (int round = 0; round < dcp::test::rounds(12, 200); ++round) {
     pid_t const child = ::fork();
     if (child == 0) {
@@ -395,6 +422,7 @@ TEST_CASE("ObjectStore: a saver that is killed at any time leaves the checkpoint
           dcp::save<OnStore>(self, {mine, place}, state, {.if_exists = dcp::IfExists::replace, .threads = 2, .storage = {.max_file_bytes = 16'000}});
         }
       } catch (...) {
+        std::fprintf(stderr, "a saver ended by itself: %s\n", dcp::current_error().what());
         ::_exit(1);
       }
     }
@@ -402,12 +430,12 @@ TEST_CASE("ObjectStore: a saver that is killed at any time leaves the checkpoint
     ::kill(child, SIGKILL);
     int status = 0;
     REQUIRE(::waitpid(child, &status, 0) == child);
-    killed += WIFSIGNALED(status) ? 1 : 0;
+    killed += WIFSIGNALED(status) ? 1 : 0, ++rounds;
     auto const now = found(store, place, 2);
     CHECK(now >= newest);
     newest = now;
   }
-  CHECK(killed > 8);
+  CHECK(killed * 3 > rounds * 2);   // of the others something came late from the one before
   std::this_thread::sleep_for(2500ms);   // leases of the killed
   save_generation(2, store, place, newest + 1, dcp::IfExists::replace);
   CHECK(found(store, place) == newest + 1);

@@ -30,12 +30,12 @@ namespace dcp {
 
 /// What a save in the background has reached.
 struct SaveEvent {
-  enum class Kind : std::uint8_t { staged, written, committed, failed, retired } kind;
+  enum class Kind : std::uint8_t { staged, written, committed, failed, retired, drained } kind;
   std::string place;      // of the checkpoint
   std::int64_t step = -1; // of a manager's
   std::string error;      // of `failed`
 };
-/// Called on a thread of the library; `committed` and `retired` on rank 0 only.
+/// Called on a thread of the library; `committed`, `retired` and `drained` (Tiered: in place in the far tier) on rank 0 only.
 using SaveEventCallback = std::function<void(SaveEvent const&)>;
 
 namespace detail {
@@ -46,6 +46,9 @@ struct CommitWork {
   std::vector<std::pair<std::string, Value>> values;
   std::vector<std::pair<std::string, Bytes>> extra;
   std::function<void()> after;   // once the checkpoint is in its place; a failure of it is a warning
+  // Of a save to two tiers: what is done first then, and whose failure is one of the save. It calls what it is given whenever something has moved.
+  std::function<void(std::function<void()> const&)> drain;
+  bool drains = false;           // on all ranks
 };
 
 template <class = Deferred>
@@ -247,7 +250,11 @@ class BackgroundSave {
       commit_attempt(medium, *attempt_, sums, *job_.files, std::move(job_.commit.extra), std::move(job_.commit.values), job_.settings.checksums);
     }
     enter("publish");
-    if (job_.rank != 0) return meeting.wait_for_outcome();
+    if (job_.rank != 0) {
+      meeting.wait_for_outcome();
+      if (job_.commit.drains) enter("drain");   // as rank 0, whose work it is
+      return;
+    }
     attempt_->publish();
     try {
       attempt_->remove_old();
@@ -255,11 +262,21 @@ class BackgroundSave {
       warnings_.push_back("the old checkpoint could not be removed: " + error.message());
     }
     attempt_.reset();
+    std::exception_ptr not_drained;
+    if (job_.commit.drains) {
+      enter("drain");
+      try {
+        job_.commit.drain([this] { ++moves_; });
+      } catch (...) {
+        not_drained = std::current_exception();
+      }
+    }
     try {
       if (job_.commit.after) job_.commit.after();
     } catch (...) {
       warnings_.push_back("the checkpoint is in its place; what comes after that failed: " + current_error().message());
     }
+    if (not_drained) std::rethrow_exception(not_drained);
   }
 
   // Nothing at the end of all pieces. Throws what staging threw, Error(cancelled), and what meanwhile() throws.

@@ -202,7 +202,44 @@ class Run {
   std::string root_;
 };
 
+/// A root, claimed by rank 0 for as long as it has `lease`, and what crashes have left there put right. Collective.
+template <class = Deferred>
+std::shared_ptr<Run<>> claim_root(CommRef comm, PlaceRef const& place, std::unique_ptr<Lease>& lease) {
+  std::string const resolved = agree(comm, "manager", [&]() -> std::string {
+    if (comm.rank() != 0) return {};
+    place.medium->create_directories(place.path);
+    std::string const path = place.medium->resolve_place(place.path + "/step");
+    std::string const here = split_path(path).first;
+    // That of a manager that was killed may look held for a while.
+    for (auto const until = std::chrono::steady_clock::now() + place.medium->lease_life();; std::this_thread::sleep_for(std::chrono::milliseconds{200})) {
+      lease = place.medium->acquire_lease(here + '/' + std::string{manager_lease_name});
+      if (lease || std::chrono::steady_clock::now() >= until) break;
+      comm.progress();
+    }
+    if (!lease) {
+      Error error{ErrorCode::busy, "another CheckpointManager keeps the checkpoints of this directory"};
+      throw error.with_path(here).with_hint("one manager per run: give each its own directory, or end the other one first");
+    }
+    Run<> run{place.medium, here};
+    run.clean();
+    return here;
+  });
+  Bytes text;
+  append(text, as_byte_span(resolved));
+  broadcast_bytes(comm, text, 0);
+  return std::make_shared<Run<>>(place.medium, std::string{as_text(text)});
+}
+
+/// What a manager does besides where a second tier follows it: tiered.hpp.
+struct NextTier {
+  std::uint64_t newest = 0;                                                         // the largest sequence there, when the manager began; on rank 0
+  std::function<void(Run<> const&, std::function<void()> const&)> drain;            // to it; see CommitWork
+};
+
 }  // namespace detail
+
+template <class Near, class Far>
+class Tiered;
 
 /// Saves, finds, loads and retires the checkpoints of one run. One per run and root at a time: a second one is an Error(busy). Every member is collective,
 /// but those that say otherwise. `comm` must outlive it.
@@ -229,29 +266,7 @@ class CheckpointManager : detail::a_storage<S> {
       detail::check_staging(options_.staging_bytes);
       stage_ = std::make_shared<detail::Stage<>>(options_.staging_bytes, detail::Stages<>::copy_threads());
     });
-    std::string resolved = agree(comm_, "manager", [&]() -> std::string {
-      if (comm_.rank() != 0) return {};
-      place.medium->create_directories(place.path);
-      std::string const path = place.medium->resolve_place(place.path + "/step");
-      std::string const here = detail::split_path(path).first;
-      // That of a manager that was killed may look held for a while.
-      for (auto const until = std::chrono::steady_clock::now() + place.medium->lease_life();; std::this_thread::sleep_for(std::chrono::milliseconds{200})) {
-        lease_ = place.medium->acquire_lease(here + '/' + std::string{detail::manager_lease_name});
-        if (lease_ || std::chrono::steady_clock::now() >= until) break;
-        comm_.progress();
-      }
-      if (!lease_) {
-        Error error{ErrorCode::busy, "another CheckpointManager keeps the checkpoints of this directory"};
-        throw error.with_path(here).with_hint("one manager per run: give each its own directory, or end the other one first");
-      }
-      detail::Run<> run{place.medium, here};
-      run.clean();
-      return here;
-    });
-    Bytes text;
-    detail::append(text, as_byte_span(resolved));
-    broadcast_bytes(comm_, text, 0);
-    run_ = std::make_shared<detail::Run<>>(place.medium, std::string{as_text(text)});
+    run_ = detail::claim_root(comm_, place, lease_);
   }
   CheckpointManager(CheckpointManager const&) = delete;
   CheckpointManager& operator=(CheckpointManager const&) = delete;
@@ -278,9 +293,14 @@ class CheckpointManager : detail::a_storage<S> {
       if (step < 0) throw Error{ErrorCode::invalid_argument, "step " + std::to_string(step)};
       if (metric && !std::isfinite(*metric)) throw Error{ErrorCode::invalid_argument, "a metric that is no finite number"};
       commit.record.run = {step, metric.has_value(), metric.value_or(0)};
+      commit.drains = next_ != nullptr;
       if (comm_.rank() != 0) return;
       std::uint64_t newest = 0;
       for (auto const& one : run_->checkpoints()) newest = std::max(newest, one.sequence);
+      if (next_) {
+        newest = std::max(newest, next_->newest);
+        commit.drain = [next = next_, run = run_](std::function<void()> const& moved) { next->drain(*run, moved); };
+      }
       commit.record.sequence = newest + 1;
       commit.after = [run = run_, retention = detail::Retention{options_.keep_last, options_.keep_every, options_.keep_best, options_.best}, events = options_.events] {
         for (auto const& gone : run->settle(retention))
@@ -327,6 +347,9 @@ class CheckpointManager : detail::a_storage<S> {
   }
 
  private:
+  template <class, class>
+  friend class Tiered;
+
   PlaceRef where(std::int64_t step) const { return {run_medium(), run_->place_of_step(step)}; }
   std::shared_ptr<AnyMedium> run_medium() const { return {run_, &run_->medium()}; }
 
@@ -371,6 +394,7 @@ class CheckpointManager : detail::a_storage<S> {
   std::shared_ptr<detail::Stage<>> stage_;
   std::unique_ptr<Lease> lease_;                        // on rank 0
   std::shared_ptr<detail::Run<>> run_;
+  std::shared_ptr<detail::NextTier const> next_;
   std::shared_ptr<detail::PendingSave<>> last_;
   detail::PlanCache<> cache_;
 };
