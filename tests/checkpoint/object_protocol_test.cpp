@@ -307,6 +307,31 @@ TEST_CASE("save: one whose data was removed as that of a dead one takes its comm
     }
 }
 
+TEST_CASE("save: a commit that is taken back finds the old checkpoint, whatever another save has cleaned up meanwhile") {
+  ObjectMemory store;
+  save_generation(1, store, 1, dcp::IfExists::fail);
+  Faulty faulty{store};
+  // Others, that clean up and fail: one before the commit, which removes the data, and one between the commit and its taking back, to which it is the checkpoint.
+  int others = 0;
+  auto const other = [&] {
+    ++others;
+    store.expire_leases();
+    Faulty failing{store};
+    failing.add({.call = Call::open_write, .times = dcp::test::forever, .system_error = EIO});
+    CHECK_THROWS_AS(save_generation(1, failing, 9, dcp::IfExists::replace), dcp::Error);
+  };
+  faulty.add({.call = Call::put_file, .path = "ckpt/dcp.json", .hook = [&](Call, std::string const&) { other(); }});
+  faulty.add({.call = Call::open_read, .path = "dcp.json", .times = dcp::test::forever, .hook = [&](Call, std::string const&) {
+                if (others == 1) other();
+              }});
+  CHECK_THROWS_WITH_AS(save_generation(1, faulty, 2, dcp::IfExists::replace), doctest::Contains("gave no sign of life"), dcp::Error);
+  CHECK(others == 2);
+  CHECK(found(store) == 1);
+  save_generation(1, store, 3, dcp::IfExists::replace);
+  CHECK(found(store) == 3);
+  CHECK(directories(store) == 1);
+}
+
 TEST_CASE("save: of many saves to one place at once one is committed, and the others are told so") {
   for (int round = 0; round < dcp::test::rounds(20, 500); ++round) {
     ObjectMemory const store;

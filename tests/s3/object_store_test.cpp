@@ -641,13 +641,8 @@ TEST_SUITE("mock" * doctest::skip(!is_mock)) {
       }
       auto const error = failure_of([&] { save_generation(2, *store, place, 1); });
       REQUIRE(error.has_value());
-      CAPTURE(error->what());
-      // A HEAD is refused without a body, and so without a reason: then it is access that is denied.
-      CHECK(std::string{error->what()}.find("object store") != std::string::npos);
-      auto const list = failure_of([&] { store->list(place); });
-      REQUIRE(list.has_value());
-      CHECK(list->message().find(wrong.text) != std::string::npos);
-      CHECK(list->system_error() == EACCES);
+      CHECK(error->message().find(wrong.text) != std::string::npos);
+      CHECK(error->system_error() == EACCES);
     }
     ObjectStore store{quick()};
     control("{\"clock\": 3600}");

@@ -66,8 +66,7 @@ class Sha256 {
 
   void compress(std::byte const* block) {
     std::array<std::uint32_t, 64> w{};
-    for (std::size_t i = 0; i < 16; ++i)
-      for (std::size_t b = 0; b < 4; ++b) w[i] = w[i] << 8 | std::to_integer<std::uint32_t>(block[4 * i + b]);
+    for (std::size_t i = 0; i < 16; ++i) w[i] = __builtin_bswap32(load_little_endian<std::uint32_t>(block + 4 * i));
     for (std::size_t i = 16; i < 64; ++i) {
       auto const a = w[i - 15], e = w[i - 2];
       w[i] = w[i - 16] + w[i - 7] + (std::rotr(a, 7) ^ std::rotr(a, 18) ^ (a >> 3)) + (std::rotr(e, 17) ^ std::rotr(e, 19) ^ (e >> 10));

@@ -15,7 +15,8 @@
 //   2. whoever removes an attempt that looks abandoned takes its own record "ckpt/dcp-<id>/dcp.json" away first and looks at the place after that. Whoever
 //      commits looks for that record after the commit. One of the two sees the other, whatever clocks and leases say: either the
 //      attempt stays, or its commit is taken back and the save fails;
-//   3. an old checkpoint is removed when that has gone well, and all ranks know.
+//   3. an old checkpoint is removed when that has gone well, and all ranks know; and what lies there without a record of its own, which may be one that a
+//      commit is just being taken back to, when a later commit has made that impossible.
 
 #include <dcp/base/config.hpp>
 #include <dcp/base/text.hpp>
@@ -186,11 +187,17 @@ Occupant look_at(AnyMedium& medium, std::string const& place) {
   return {Occupant::Kind::foreign};
 }
 
-/// Removes attempts that nobody works on; not one that is the checkpoint, or may be. Never fails: somebody else cleans, or may not.
+/// Removes attempts that nobody works on; not one that is the checkpoint, or may be. Never fails: somebody else cleans, or may not. Returns what is left for after the
+/// next commit.
 template <class = Deferred>
-void clean_attempts(AnyMedium& medium, std::string const& place, std::vector<Sibling> const& siblings, Occupant const& occupant) {
+std::vector<std::string> clean_attempts(AnyMedium& medium, std::string const& place, std::vector<Sibling> const& siblings, Occupant const& occupant) {
   bool const beside = medium.renames_directories();
+  std::vector<std::string> later;
   for (auto const& sibling : siblings) {
+    if (!beside && occupant.kind == Occupant::Kind::checkpoint && !sibling.record && !sibling.failure) {
+      later.push_back(sibling.path);
+      continue;
+    }
     // Beside a place, a committed one is the checkpoint unless the place is, and one that cannot be read today is not thrown away for that. Below it, one that
     // the record names is; and who cannot read the record knows nothing.
     bool const committed = sibling.record && sibling.record->committed;
@@ -206,6 +213,7 @@ void clean_attempts(AnyMedium& medium, std::string const& place, std::vector<Sib
     } catch (Error const&) {
     }
   }
+  return later;
 }
 
 /// Files below a directory, as paths relative to it.
@@ -252,7 +260,7 @@ class Attempt {
     std::uint64_t sequence = occupant.record ? occupant.record->sequence : 0;
     for (auto const& sibling : siblings)
       if (sibling.record) sequence = std::max(sequence, sibling.record->sequence);
-    clean_attempts(medium, place_, siblings, occupant);
+    later_ = clean_attempts(medium, place_, siblings, occupant);
     if (occupant.kind != Occupant::Kind::nothing) {
       if (!replace) throw already_there(place_);
       refuse_unlisted(occupant, carried);
@@ -264,7 +272,8 @@ class Attempt {
     record_.committed = false;
     path_ = attempt_path(medium, place_, record_.id);
     try {
-      if (!medium.create_directory(path_)) throw Error{ErrorCode::io, "an attempt of this name is there already"}.with_path(path_);
+      // Where every directory is there, another rank may have put a word into this one already.
+      if (medium.renames_directories() && !medium.create_directory(path_)) throw Error{ErrorCode::io, "an attempt of this name is there already"}.with_path(path_);
       created_ = true;
       lease_ = medium.acquire_lease(path_ + '/' + std::string{lease_name});
       if (!lease_) throw Error{ErrorCode::io, "somebody else holds the lease of a directory that has just been made"}.with_path(path_);
@@ -334,6 +343,8 @@ class Attempt {
 
   /// After all ranks know the outcome.
   void remove_old() {
+    for (auto const& path : later_)
+      if (auto const lease = medium_.acquire_lease(path + '/' + std::string{lease_name})) remove_with_record_first(medium_, path);
     if (!old_path_.empty()) return remove_with_record_first(medium_, old_path_);
     if (!old_ || medium_.renames_directories()) return;
     // A copy of one that was saved where directories are renamed lies beside its record.
@@ -448,6 +459,7 @@ class Attempt {
   AnyMedium& medium_;
   CommitRecord record_;
   std::string place_, parent_, path_, old_path_;
+  std::vector<std::string> later_;           // to be removed after the commit
   std::optional<CommitRecord> old_;
   Bytes found_;                              // at the name of the place's record, when the save began
   std::unique_ptr<Lease> lease_;

@@ -82,8 +82,14 @@ class S3Store {
   };
   /// Nothing if there is no such object.
   std::optional<Found> head(S3Name const& name) {
-    auto const response = client_.expect({.method = "HEAD", .bucket = name.bucket, .key = name.key}, {200, 404});
+    auto const response = client_.perform({.method = "HEAD", .bucket = name.bucket, .key = name.key});
     if (response.status == 404) return std::nullopt;
+    if (response.status != 200) {
+      // The answer to a HEAD has no body, which would say why.
+      typename S3Client<>::Call const call{.method = "GET", .bucket = name.bucket, .key = name.key, .headers = {{"range", "bytes=0-0"}}};
+      auto const said = client_.perform(call);
+      throw client_.refusal(call, said.status == response.status ? said : response);
+    }
     return found(response, std::strtoull(response.header("content-length").c_str(), nullptr, 10));
   }
   std::optional<Found> get(S3Name const& name, bool urgent = false) {
