@@ -130,7 +130,7 @@ dcp_python_environment() {
   dcp_python=$environment/bin/python
 }
 
-# An S3 server, 60 MB, in an environment of its own: it is needed where PyTorch's 5.4 GB are not.
+# An S3 server, 140 MB, in an environment of its own: it is needed where PyTorch's 5.4 GB are not.
 dcp_s3_environment() {
   local requirements=$dcp_root/tests/s3/requirements.txt base environment temporary
   dcp_s3_python="" dcp_s3_python_reason=""

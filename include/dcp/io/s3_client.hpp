@@ -35,7 +35,7 @@
 namespace dcp {
 
 enum class S3Addressing : std::uint8_t {
-  automatic,      // virtual_host at AWS, path elsewhere
+  automatic,      // virtual_host at AWS, path elsewhere and for buckets with a '.', whose hosts AWS's certificate does not cover
   path,           // https://host/bucket/key
   virtual_host,   // https://bucket.host/key
 };
@@ -47,7 +47,7 @@ struct S3Options {
   std::string region = {};                                 // "us-east-1" if nobody says
   S3Addressing addressing = S3Addressing::automatic;
   int connections = 16;                                    // at once, of this handle and its copies
-  int attempts = 10;                                       // of a request; with the pauses below about a minute of a store that refuses everything
+  int attempts = 10;                                       // of a request; with the pauses below at most 46 s of them
   std::chrono::milliseconds first_pause{100}, longest_pause{20'000};   // bounds of the random pauses between them
   std::chrono::milliseconds stall{30'000};                 // without a byte, before an attempt is given up
   std::uint64_t part_bytes = 16 << 20;                     // of uploads in parts, from 5 MiB on; a file has at most 10,000
@@ -217,7 +217,7 @@ class S3Client {
     Seat const seat{*this, call.urgent};
     CURL* const handle = seat.handle;
     S3Request request{call.method, authority_, path_of(call), call.query, call.headers};
-    if (virtual_host_) request.host = call.bucket + '.' + authority_, request.path = '/' + call.key;
+    if (virtual_host_ && (options_.addressing == S3Addressing::virtual_host || call.bucket.find('.') == std::string::npos)) request.host = call.bucket + '.' + authority_, request.path = '/' + call.key;
     // Over a connection that nobody can change, the checksum in the signed headers is enough.
     s3_sign(request, secure_ ? "UNSIGNED-PAYLOAD" : hex_text(sha256(call.body)), credentials_, options_.region, std::time(nullptr));
 
