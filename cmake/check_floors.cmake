@@ -40,8 +40,9 @@ set(confined
     "^(cuda|cublas|cufile)[a-z_]*\\.h$" "device/cuda.hpp comm/nccl.hpp"
     "^(cuda|cub|thrust)/"              "device/cuda.hpp"
     "^liburing"                        "io/uring.hpp"
+    "^curl/"                           "io/s3_client.hpp"
     "^(Eigen|unsupported/Eigen)/"      "ext/eigen.hpp")
-set(optional_headers comm/mpi.hpp comm/nccl.hpp device/cuda.hpp io/uring.hpp media/uring_fs.hpp ext/eigen.hpp)
+set(optional_headers comm/mpi.hpp comm/nccl.hpp device/cuda.hpp io/uring.hpp media/uring_fs.hpp io/s3_client.hpp media/object_store.hpp ext/eigen.hpp)
 set(lowest_json_floor 2)
 
 set(problems "")
@@ -117,7 +118,7 @@ foreach(header IN LISTS headers)
       problem("${where}: <${name}> does not exist")
       continue()
     endif()
-    if(target IN_LIST optional_headers AND NOT (header STREQUAL "media/uring_fs.hpp" AND target STREQUAL "io/uring.hpp"))   # one component
+    if(target IN_LIST optional_headers AND NOT "${header} ${target}" MATCHES "^(media/uring_fs\\.hpp io/uring\\.hpp|media/object_store\\.hpp io/s3_client\\.hpp)$")   # one component
       problem("${where}: <${name}> needs an optional dependency; only users include it")
     endif()
     list(APPEND edges_${header} ${target})

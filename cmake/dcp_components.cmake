@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The optional dependencies, one table for the build and for the installed package. A component is a header of its own, never included
 # by another one, and target dcp::<component>. To add one: a name in the list, and its rows.
-set(dcp_components mpi eigen uring)
+set(dcp_components mpi eigen uring s3)
 set(dcp_find_modules ${CMAKE_CURRENT_LIST_DIR})   # of packages that bring none
 
 set(dcp_mpi_headers comm/mpi.hpp comm/mpi_gossip.hpp)
@@ -21,6 +21,12 @@ set(dcp_uring_package liburing)
 set(dcp_uring_arguments "")
 set(dcp_uring_target liburing::liburing)
 set(dcp_uring_debian liburing-dev)
+
+set(dcp_s3_headers io/s3_client.hpp media/object_store.hpp)
+set(dcp_s3_package CURL)
+set(dcp_s3_arguments "")
+set(dcp_s3_target CURL::libcurl)
+set(dcp_s3_debian libcurl4-openssl-dev)
 
 # Looks for the dependency of a component: dcp_<component>_FOUND, and in words dcp_<component>_reason if it is not there.
 # A macro, because find_package also sets variables that the caller's project uses (MPIEXEC_EXECUTABLE).

@@ -2,10 +2,13 @@
 # How dcp's own tests and examples are built: warnings are errors, sanitizers on request. Nothing here reaches a consumer.
 set(DCP_SANITIZE "" CACHE STRING "Sanitizers for tests and examples: address;undefined or thread")
 option(DCP_LONG "Campaigns run long: DCP_LONG=1 in the environment of tests, longer timeouts" OFF)
-set(dcp_test_parts_all units mpi examples floors headers compile_fail packaging fuzz python)
+set(dcp_test_parts_all units mpi s3 examples floors headers compile_fail packaging fuzz python)
 set(DCP_TEST_PARTS "${dcp_test_parts_all}" CACHE STRING "Which parts of the tests to register; those from `floors` on look at sources, once is enough")
 set(DCP_PYTHON "" CACHE FILEPATH "A Python with the packages of tests/python/requirements.txt; without it those tests are left out")
 set(DCP_PYTHON_REASON "DCP_PYTHON is not set" CACHE STRING "Why DCP_PYTHON is empty, for the list of what was not run")
+
+set(DCP_S3_PYTHON "" CACHE FILEPATH "A Python with the packages of tests/s3/requirements.txt; without it the object store is tested against our own server only")
+set(DCP_S3_PYTHON_REASON "DCP_S3_PYTHON is not set" CACHE STRING "Why DCP_S3_PYTHON is empty, for the list of what was not run")
 
 add_library(dcp_developer INTERFACE)
 target_link_libraries(dcp_developer INTERFACE dcp)

@@ -34,13 +34,16 @@ if ! dcp_install g++ cmake ninja-build nlohmann-json3-dev doctest-dev; then
   exit 1
 fi
 # Each of these is one part of the tests; what cannot be had is named at the end.
-dcp_install ccache clang libeigen3-dev liburing-dev libopenmpi-dev openmpi-bin python3-venv || true
+dcp_install ccache clang libeigen3-dev liburing-dev libcurl4-openssl-dev libopenmpi-dev openmpi-bin python3-venv || true
 if dcp_has clang; then dcp_install libclang-rt-dev || true; fi
 echo "$(g++ --version | head -n 1); $(cmake --version | head -n 1); $(clang++ --version 2>/dev/null | head -n 1 || echo 'no clang++'); $jobs jobs"
 
 dcp_say "Python: PyTorch and safetensors, whose checkpoints ours are compared with"
 if [ $mode = quick ]; then dcp_python_environment --if-there; else dcp_python_environment; fi
 if [ -n "$dcp_python" ]; then echo "$dcp_python"; else echo "left out: $dcp_python_reason"; fi
+
+dcp_s3_environment
+if [ -n "$dcp_s3_python" ]; then echo "$dcp_s3_python"; else echo "left out: $dcp_s3_python_reason"; fi
 
 if [ $mode = quick ] && [ -z "$dcp_python" ]; then dcp_model="" dcp_model_reason="--quick"; else dcp_published_model; fi
 if [ -n "$dcp_model" ]; then echo "$dcp_model"; else echo "published model left out: $dcp_model_reason"; fi
@@ -64,6 +67,7 @@ build_and_test() {
   if ! { cmake -S . -B "$directory" -G Ninja -DCMAKE_CXX_COMPILER="$compiler" -DCMAKE_CXX_COMPILER_LAUNCHER="$launcher" \
            -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" -DDCP_TEST_PARTS="$parts" \
            -DDCP_PYTHON="$dcp_python" -DDCP_PYTHON_REASON="$dcp_python_reason" \
+           -DDCP_S3_PYTHON="$dcp_s3_python" -DDCP_S3_PYTHON_REASON="$dcp_s3_python_reason" \
            -DDCP_MODEL="$dcp_model" -DDCP_MODEL_REASON="$dcp_model_reason" \
            -DDCP_LONG="$([ $mode = long ] && echo ON || echo OFF)" "$@" &&
          cmake --build "$directory" --parallel "$jobs" -- -k 0; } >"$directory/build.log" 2>&1; then
@@ -87,14 +91,14 @@ build_and_test() {
   mapfile -t -O "${#not_run[@]}" not_run < <(sed -n 's/^not run: //p' "$directory/Testing/Temporary/LastTest.log")   # what a test found out by itself
 }
 
-every_build="units;mpi;examples"
+every_build="units;mpi;s3;examples"
 wrapper=()
 build_and_test gcc "all tests" g++ "$every_build;floors;headers;compile_fail;packaging;fuzz;python"
 if [ $mode != quick ]; then
   # clang++ takes two thirds of the time that g++ takes with these sanitizers; g++'s stand in where there is no clang++.
   sanitizing=clang++
   dcp_has clang || sanitizing=g++
-  build_and_test asan "the same code, compiled by $sanitizing, under the address and undefined-behaviour sanitizers" $sanitizing "units;mpi" -DDCP_BUILD_EXAMPLES=OFF -DDCP_SANITIZE="address;undefined"
+  build_and_test asan "the same code, compiled by $sanitizing, under the address and undefined-behaviour sanitizers" $sanitizing "units;mpi;s3" -DDCP_BUILD_EXAMPLES=OFF -DDCP_SANITIZE="address;undefined"
 
   # On kernels with much address space randomisation the programs of some compilers start only without it.
   probe=$(mktemp -d)

@@ -36,6 +36,7 @@
 #include <dcp/checkpoint/async_save.hpp>
 #include <dcp/checkpoint/load.hpp>
 #include <dcp/checkpoint/manager.hpp>
+#include <dcp/checkpoint/tiered.hpp>
 #include <dcp/checkpoint/flat_ranges.hpp>
 #include <dcp/checkpoint/owned_state.hpp>
 #include <dcp/checkpoint/reshard.hpp>

@@ -283,7 +283,9 @@ TEST_CASE("load: a commit record with a right checksum and wrong fields is an er
                     chunks = between(record, "\"chunks_crc64\":\"", "\""), shape = between(record, "\"shape\":[", "]");
   std::string const first_path = "\"path\":\"" + std::string{dcp::values_name};
   std::vector<Edit> const edits{
-      {"\"format\": 1", "\"format\": 2"},
+      {"\"format\": 1", "\"format\": 3"},
+      {"\"format\": 1", "\"format\": 2,\n \"directory\": \"elsewhere\""},
+      {"\"format\": 1", "\"format\": 2,\n \"directory\": \"..\""},
       {"\"format\": 1", "\"format\": -1"},
       {"\"format\": 1", "\"format\": \"1\""},
       {"\"state\": \"committed\"", "\"state\": \"open\""},

@@ -15,6 +15,7 @@
 #include "support/fault_medium.hpp"
 #include "support/generations.hpp"
 #include "support/late_writes.hpp"
+#include "support/object_memory.hpp"
 #include "support/proc_comm.hpp"
 #include "support/temporary_directory.hpp"
 
@@ -42,6 +43,7 @@ using dcp::test::GenerationState;
 using Faulty = FaultMedium<dcp::Memory>;
 using OnMemory = dcp::BasicSafeTensors<dcp::Memory>;
 using OnFaulty = dcp::BasicSafeTensors<Faulty>;
+using dcp::test::ObjectMemory;
 using Clock = std::chrono::steady_clock;
 
 constexpr auto place = "run/ckpt";
@@ -88,25 +90,34 @@ std::string disagreement(Outcomes const& outcomes) {
   return "";
 }
 
-void save_plain(dcp::Memory const& store, std::uint64_t generation) {
+template <class Store>
+void save_plain(Store const& store, std::uint64_t generation) {
   dcp::SelfComm self;
   GenerationState state{self, rows};
   state.fill(generation);
-  dcp::save<OnMemory>(self, {store, place}, state, {.if_exists = dcp::IfExists::replace, .threads = 1});
+  dcp::save<dcp::BasicSafeTensors<Store>>(self, {store, place}, state, {.if_exists = dcp::IfExists::replace, .threads = 1});
 }
 
 /// 0 if nothing is there; throws for anything that is neither that nor a whole generation.
-std::uint64_t found_in(dcp::Memory const& store) {
+template <class Store>
+std::uint64_t found_in(Store const& store) {
   dcp::SelfComm self;
   GenerationState state{self, rows};
   state.scribble();
   try {
-    dcp::load<OnMemory>(self, {store, place}, state);
+    dcp::load<dcp::BasicSafeTensors<Store>>(self, {store, place}, state);
   } catch (dcp::Error const& error) {
     if (error.code() == dcp::ErrorCode::not_found) return 0;
     throw;
   }
   return state.generation();
+}
+
+/// What the place and its surroundings hold besides the checkpoint.
+template <class Store>
+std::size_t leftovers(Store store) {
+  if (Store::renames_directories) return store.list("run").size() - 1;
+  return store.list(place).size() - 2;   // a record and its data
 }
 
 struct Tally {
@@ -122,19 +133,19 @@ void save_as(How how, dcp::ThreadComm& world, dcp::place_of<S> const& where, dcp
 }
 
 /// Fails every call of every kind on every rank in turn, while three ranks save.
-template <class M, How how = How::in_front>
-Tally fail_every_call_of_a_save(std::uint64_t old_generation, std::vector<int> const& errors) {
+template <class M, How how = How::in_front, class Store = dcp::Memory>
+Tally fail_every_call_of_a_save(std::uint64_t old_generation, std::vector<int> const& errors, bool after = false) {
   using Medium = FaultMedium<M>;
   Tally tally;
   for (int const system_error : errors)
     for (int victim = 0; victim < 3; ++victim)
       for (int call = 0; call <= static_cast<int>(Call::block_bytes); ++call)
         for (std::uint64_t nth = 1;; ++nth) {
-          dcp::Memory store;
+          Store store;
           store.create_directories("run");
           if (old_generation != 0) save_plain(store, old_generation);
           Medium faulty{M{store}};
-          faulty.add({.call = static_cast<Call>(call), .nth = nth, .system_error = system_error});
+          faulty.add({.call = static_cast<Call>(call), .nth = nth, .system_error = system_error, .after = after});
           auto const outcomes = outcomes_of(3, [&](dcp::ThreadComm& world) {
             GenerationState state{world, rows};
             state.fill(2);
@@ -166,7 +177,7 @@ Tally fail_every_call_of_a_save(std::uint64_t old_generation, std::vector<int> c
           }
           save_plain(store, 3);
           CHECK(found_in(store) == 3);
-          CHECK(store.list("run").size() == 1);
+          CHECK(leftovers(store) == 0);
         }
   return tally;
 }
@@ -653,6 +664,19 @@ TEST_CASE("save: on a file system that is really full or read-only, all ranks sa
   CHECK(!save(4, 2000)[0].has_value());
 }
 
+TEST_CASE("save: any call of an object store that fails on any rank is one Error on all, and the old checkpoint stays, or none is there") {
+  auto const tally = fail_every_call_of_a_save<ObjectMemory, How::in_front, ObjectMemory>(1, {EIO});
+  CHECK(tally.errors > 20);
+  for (std::string const phase : {"save: attempt", "save: write", "save: commit", "save: publish"}) CHECK_MESSAGE(tally.phases.contains(phase), phase);
+  CHECK(fail_every_call_of_a_save<ObjectMemory, How::in_front, ObjectMemory>(0, {EACCES}).errors > 20);
+}
+
+TEST_CASE("save: an answer of an object store that is lost on any rank is one Error on all, or none: what was put is there all the same") {
+  auto const tally = fail_every_call_of_a_save<ObjectMemory, How::in_front, ObjectMemory>(1, {EIO}, true);
+  CHECK(tally.errors > 20);
+  CHECK(tally.successes > 0);
+}
+
 // Last: they leave threads behind, and the thread sanitizer lets no child of a fork make threads then.
 TEST_CASE("async_save: any storage call that fails on any rank is one Error on all, with rank, phase, path and errno, and the old checkpoint stays") {
   auto const tally = fail_every_call_of_a_save<dcp::Memory, How::behind>(1, {EIO});
@@ -662,4 +686,17 @@ TEST_CASE("async_save: any storage call that fails on any rank is one Error on a
 
 TEST_CASE("async_save: a full, read-only or vanished storage is one Error on all ranks, in a first save too") {
   CHECK(fail_every_call_of_a_save<dcp::Memory, How::behind>(0, {ENOSPC, EROFS, ENOENT}).errors > 100);
+}
+
+TEST_CASE("async_save: any call of an object store that fails on any rank is one Error on all, and the old checkpoint stays, or none is there") {
+  auto const tally = fail_every_call_of_a_save<ObjectMemory, How::behind, ObjectMemory>(1, {EIO});
+  CHECK(tally.errors > 20);
+  for (std::string const phase : {"save: attempt", "save: sync", "save: meet", "save: commit", "save: publish"}) CHECK_MESSAGE(tally.phases.contains(phase), phase);
+  CHECK(fail_every_call_of_a_save<ObjectMemory, How::behind, ObjectMemory>(0, {EACCES}).errors > 20);
+}
+
+TEST_CASE("async_save: an answer of an object store that is lost on any rank is one Error on all, or none: what was put is there all the same") {
+  auto const tally = fail_every_call_of_a_save<ObjectMemory, How::behind, ObjectMemory>(1, {EIO}, true);
+  CHECK(tally.errors > 20);
+  CHECK(tally.successes > 0);
 }

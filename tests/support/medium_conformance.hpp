@@ -6,6 +6,9 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <array>
+#include <atomic>
 #include <cerrno>
 #include <memory>
 #include <random>
@@ -322,6 +325,224 @@ void check_medium(Make make) {
     CHECK(as_text(read_file(model, at("record"), 6)) == "second");
     CHECK(error_of([&] { read_file(model, at("record"), 5); }).code() == ErrorCode::limit);
     CHECK(listing(medium, root) == "f record 6\n");
+  }
+}
+
+/// Checks a medium that renames nothing. `make(directory)` returns a medium and sets the path of a directory in it where nothing is. Called once per case.
+template <class Make>
+void check_object_medium(Make make) {
+  std::string root;
+  auto medium = make(root);
+  using M = decltype(medium);
+  static_assert(Medium<M> && !M::renames_directories);
+  auto const at = [&](std::string const& name) { return root + "/" + name; };
+  auto const missing = [](Error const& error) { return error.code() == ErrorCode::missing_file && error.system_error() == ENOENT && !error.path().empty(); };
+  auto const refused = [](Error const& error, int code) { return error.code() == ErrorCode::io && error.system_error() == code && !error.path().empty(); };
+
+  SUBCASE("an object appears, whole, when it is synced or closed; bytes at any offset, gaps as zeros") {
+    auto const file = medium.open_write(at("f"));
+    file->write_at(5, as_byte_span("world"));
+    file->write_at(0, as_byte_span("hi"));
+    file->write_at(100, {});
+    CHECK(medium.kind(at("f")) == EntryKind::missing);
+    file->sync();
+    CHECK(get(medium, at("f")) == std::string("hi\0\0\0world", 10));
+    file->close();
+    file->close();
+    CHECK(refused(error_of([&] { file->write_at(0, as_byte_span("x")); }), EBADF));
+    CHECK(refused(error_of([&] { file->sync(); }), EBADF));
+    auto const other = medium.open_write(at("g"));
+    other->resize(3);
+    other->write_at(0, as_byte_span("ab"));
+    other->close();
+    CHECK(get(medium, at("g")) == std::string("ab\0", 3));
+    static_cast<void>(medium.open_write(at("never")));
+    medium.open_write(at("empty"))->close();
+    CHECK(listing(medium, root) == "f empty 0\nf f 10\nf g 3\n");
+  }
+
+  SUBCASE("an object that is written again is another one, and who has the old one open is told so") {
+    put(medium, at("f"), "0123456789");
+    auto const reader = medium.open_read(at("f"));
+    std::string part(3, ' ');
+    reader->read_at(6, std::as_writable_bytes(std::span{part}));
+    CHECK(part == "678");
+    auto const version = reader->version();
+    put(medium, at("f"), "abcdefghij");
+    CHECK(refused(error_of([&] { reader->read_at(0, std::as_writable_bytes(std::span{part})); }), ESTALE));
+    CHECK(medium.open_read(at("f"))->version() != version);
+    CHECK(get(medium, at("f")) == "abcdefghij");
+  }
+
+  SUBCASE("a small file that is replaced again and again is read as one of those that were there") {
+    MediumModel model{medium};
+    medium.put_file(at("f"), as_byte_span("0"), {});
+    std::atomic<bool> done{false};
+    std::thread writer{[&] {
+      for (int i = 0; i < 200; ++i) medium.put_file(at("f"), as_byte_span(std::string(static_cast<std::size_t>(1 + i % 7), static_cast<char>('0' + i % 7))), {});
+      done = true;
+    }};
+    int mixed = 0;
+    for (int reads = 0; !done || reads < 10; ++reads) {
+      auto const bytes = read_file(model, at("f"), 100);
+      std::string const text{as_text(bytes)};
+      mixed += text == std::string(text.size(), static_cast<char>('0' + static_cast<int>(text.size()) - 1)) ? 0 : 1;
+    }
+    writer.join();
+    CHECK(mixed == 0);
+  }
+
+  SUBCASE("a read past the end is truncated, with the range, and a read of nothing is fine") {
+    put(medium, at("f"), "abc");
+    auto const file = medium.open_read(at("f"));
+    std::string buffer(3, ' ');
+    auto const error = error_of([&] { file->read_at(1, std::as_writable_bytes(std::span{buffer})); });
+    CHECK(error.code() == ErrorCode::truncated);
+    CHECK(std::string{error.what()}.find("bytes [1, 4)") != std::string::npos);
+    file->read_at(3, {});
+    file->read_at(1000, {});
+  }
+
+  SUBCASE("pieces that lie one after the other are read in one go") {
+    put(medium, at("f"), "0123456789");
+    std::string a(2, ' '), b(3, ' ');
+    std::array<ByteSpan, 3> const pieces{std::as_writable_bytes(std::span{a}), ByteSpan{}, std::as_writable_bytes(std::span{b})};
+    medium.open_read(at("f"))->read_pieces(4, pieces);
+    CHECK(a + b == "45678");
+  }
+
+  SUBCASE("what is not there is missing_file, its removal is no error, and every directory is there") {
+    CHECK(missing(error_of([&] { medium.open_read(at("no")); })));
+    medium.remove_file(at("no"));
+    medium.remove_tree(at("no"));
+    CHECK(medium.list(root).empty());
+    CHECK(medium.list(at("no")).empty());
+    medium.create_directories(at("a/b"));
+    medium.sync_directory(at("a/b"));
+    CHECK(medium.kind(at("a")) == EntryKind::missing);
+    put(medium, at("a/b/f"), "x");
+    CHECK(medium.kind(at("a")) == EntryKind::directory);
+    CHECK(medium.kind(at("a/b")) == EntryKind::directory);
+    CHECK(medium.kind(at("a/b/f")) == EntryKind::file);
+    CHECK(medium.kind(at("a/b/f/g")) == EntryKind::missing);
+    CHECK(medium.kind(at("a/")) == EntryKind::directory);
+  }
+
+  SUBCASE("lists are of one level, sorted, and not fooled by names that begin alike") {
+    put(medium, at("b"), "four");
+    put(medium, at("c/inside"), "x");
+    put(medium, at("c/deep/er"), "x");
+    put(medium, at("c-d"), "x");
+    put(medium, at("a b+c&d=%25.txt"), "");
+    put(medium, at("\xc3\xa9"), "e");
+    CHECK(listing(medium, root) == "f a b+c&d=%25.txt 0\nf b 4\nd c\nf c-d 1\nf \xc3\xa9 1\n");
+    CHECK(listing(medium, at("c")) == "d deep\nf inside 1\n");
+    CHECK(get(medium, at("a b+c&d=%25.txt")) == "");
+    medium.remove_tree(at("c"));
+    CHECK(listing(medium, root) == "f a b+c&d=%25.txt 0\nf b 4\nf c-d 1\nf \xc3\xa9 1\n");
+    medium.remove_tree(at("b"));
+    medium.remove_file(at("a b+c&d=%25.txt"));
+    CHECK(listing(medium, root) == "f c-d 1\nf \xc3\xa9 1\n");
+  }
+
+  SUBCASE("put_file puts where what is there is as expected, and nowhere else") {
+    CHECK_FALSE(medium.put_file(at("f"), as_byte_span("no"), Expected::these(as_byte_span("other"))));
+    CHECK(medium.kind(at("f")) == EntryKind::missing);
+    CHECK(medium.put_file(at("f"), as_byte_span("one"), Expected::nothing()));
+    CHECK_FALSE(medium.put_file(at("f"), as_byte_span("no"), Expected::nothing()));
+    CHECK_FALSE(medium.put_file(at("f"), as_byte_span("no"), Expected::these(as_byte_span("on"))));
+    CHECK(get(medium, at("f")) == "one");
+    CHECK(medium.put_file(at("f"), as_byte_span("two"), Expected::these(as_byte_span("one"))));
+    CHECK(medium.put_file(at("f"), as_byte_span(""), {}));
+    CHECK(medium.put_file(at("f"), as_byte_span("three"), Expected::these({})));
+    CHECK(get(medium, at("f")) == "three");
+  }
+
+  SUBCASE("of many threads that put on condition one succeeds") {
+    for (auto const& expected : {Expected::nothing(), Expected::these(as_byte_span("old"))}) {
+      medium.remove_file(at("f"));
+      if (expected.what == Expected::What::bytes) medium.put_file(at("f"), expected.bytes, {});
+      std::array<bool, 8> done{};
+      std::vector<std::thread> threads;
+      for (std::size_t i = 0; i < done.size(); ++i) threads.emplace_back([&, i] { done[i] = medium.put_file(at("f"), as_byte_span("by " + std::to_string(i)), expected); });
+      for (auto& thread : threads) thread.join();
+      std::size_t winners = 0;
+      for (std::size_t i = 0; i < done.size(); ++i)
+        if (done[i] && get(medium, at("f")) == "by " + std::to_string(i)) ++winners;
+      CHECK(winners == 1);
+      CHECK(std::count(done.begin(), done.end(), true) == 1);
+    }
+  }
+
+  SUBCASE("a lease has one holder until it is released, and release removes its file") {
+    auto lease = medium.acquire_lease(at("lease"));
+    REQUIRE(lease != nullptr);
+    CHECK(medium.kind(at("lease")) == EntryKind::file);
+    CHECK(medium.acquire_lease(at("lease")) == nullptr);
+    CHECK(medium.acquire_lease(at("other")) != nullptr);
+    lease.reset();
+    CHECK(medium.list(root).empty());
+    lease = medium.acquire_lease(at("lease"));
+    CHECK(lease != nullptr);
+  }
+
+  SUBCASE("a lease whose file another has taken away leaves the next holder's alone") {
+    auto first = medium.acquire_lease(at("lease"));
+    medium.remove_file(at("lease"));
+    auto const second = medium.acquire_lease(at("lease"));
+    REQUIRE(second != nullptr);
+    first.reset();
+    CHECK(medium.kind(at("lease")) == EntryKind::file);
+    CHECK(medium.acquire_lease(at("lease")) == nullptr);
+  }
+
+  SUBCASE("of many threads one gets the lease") {
+    std::vector<std::unique_ptr<Lease>> held(8);
+    std::vector<std::thread> threads;
+    for (auto& mine : held) threads.emplace_back([&] { mine = medium.acquire_lease(at("lease")); });
+    for (auto& thread : threads) thread.join();
+    int holders = 0;
+    for (auto const& mine : held) holders += mine != nullptr ? 1 : 0;
+    CHECK(holders == 1);
+  }
+
+  SUBCASE("a place is absolute, need not exist, and cannot be a root or a dot") {
+    auto const place = medium.resolve_place(at("not/there/yet"));
+    CHECK(place.front() == '/');
+    CHECK(place.ends_with("/not/there/yet"));
+    CHECK(medium.resolve_place(at("not/there/../there/yet/")) == place);
+    for (auto const* bad : {"", "/", "//", ".", "..", "./", "/.", "x/..", "/.."}) {
+      CAPTURE(bad);
+      CHECK(error_of([&] { medium.resolve_place(bad); }).code() == ErrorCode::invalid_argument);
+    }
+  }
+
+  SUBCASE("threads write disjoint ranges of one open file") {
+    auto const file = medium.open_write(at("f"));
+    file->resize(6400);
+    std::vector<std::thread> threads;
+    for (int t = 0; t < 4; ++t)
+      threads.emplace_back([&, t] {
+        for (int i = t; i < 64; i += 4) file->write_at(static_cast<std::uint64_t>(i) * 100, as_byte_span(std::string(100, static_cast<char>('0' + i))));
+      });
+    for (auto& thread : threads) thread.join();
+    file->sync();
+    file->close();
+    auto const text = get(medium, at("f"));
+    REQUIRE(text.size() == 6400);
+    for (std::size_t i = 0; i < 64; ++i) CHECK(text.substr(i * 100, 100) == std::string(100, static_cast<char>('0' + i)));
+  }
+
+  SUBCASE("the helpers over any medium: a durable small file, read back under a limit; and what cannot be is refused in words") {
+    MediumModel model{medium};
+    CHECK(!model.renames_directories());
+    write_file_durably(model, root, "record", as_byte_span("first version"));
+    write_file_durably(model, root, "record", as_byte_span("second"));
+    CHECK(as_text(read_file(model, at("record"), 6)) == "second");
+    CHECK(error_of([&] { read_file(model, at("record"), 5); }).code() == ErrorCode::limit);
+    CHECK(listing(medium, root) == "f record 6\n");
+    CHECK(error_of([&] { model.rename_file(at("record"), at("other")); }).code() == ErrorCode::unsupported);
+    CHECK(error_of([&] { model.publish_new(root, at("other")); }).code() == ErrorCode::unsupported);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 // Text for people and for JSON: UTF-8, escapes, hexadecimal numbers, byte counts.
 
+#include <dcp/base/bytes.hpp>
 #include <dcp/base/config.hpp>
 
 #include <array>
@@ -130,6 +131,16 @@ bool parse_hex16(std::string_view text, std::uint64_t& value) {
     if (!((c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'))) return false;
   auto const result = std::from_chars(text.data(), text.data() + text.size(), value, 16);
   return result.ec == std::errc{} && result.ptr == text.data() + text.size();
+}
+
+/// Two lower-case hexadecimal digits a byte.
+template <class = Deferred>
+std::string hex_text(ConstByteSpan bytes) {
+  constexpr std::string_view digits = "0123456789abcdef";
+  std::string out;
+  out.reserve(2 * bytes.size());
+  for (auto const byte : bytes) out += digits[static_cast<std::size_t>(byte >> 4)], out += digits[static_cast<std::size_t>(byte & std::byte{15})];
+  return out;
 }
 
 /// "12 B", "3.4 MiB".

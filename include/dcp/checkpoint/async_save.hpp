@@ -273,6 +273,7 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
       Error error{ErrorCode::unsupported, "the executor is a process, which can write local files only, and this place is none"};
       throw error.with_path(place.path).with_hint("use Executor::thread");
     }
+    if (settings.executor == Executor::process && commit.drains) throw Error{ErrorCode::unsupported, "the executor is a process, which does not copy to a second tier; use Executor::thread"};
     if (comm.rank() != 0) return result;
     if (known != nullptr) {
       result.block_bytes = known->block_bytes;
@@ -315,7 +316,7 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
     job.saver = stage->saver;
     job.commit = std::move(commit);
     job.events = events;
-    auto const make = [&](PlannedSave const& of) { return of.plan->writes(of.agreed, comm.rank(), comm.size(), {opened.block_bytes, settings.writers_per_file}); };
+    auto const make = [&](PlannedSave const& of) { return of.plan->writes(of.agreed, comm.rank(), comm.size(), {opened.block_bytes, writers_per_file(medium, settings.writers_per_file)}); };
     auto plan = cache != nullptr && settings.check == Check::values ? cache->writes(opened.block_bytes, make) : std::make_shared<SavePlan const>(make(*planned));
     job.empty_files = plan->empty_files();
     pending->save = std::make_shared<BackgroundSave<>>(std::move(job));

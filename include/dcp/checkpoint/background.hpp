@@ -326,7 +326,11 @@ class BackgroundSave {
       commit_attempt(medium, *attempt_, sums, *job_.files, std::move(job_.commit.extra), std::move(job_.commit.values), job_.settings.checksums);
     }
     enter("publish");
-    if (job_.rank != 0) return meeting.wait_for_outcome();
+    if (job_.rank != 0) {
+      meeting.wait_for_outcome();
+      if (job_.commit.drains) enter("drain");   // as rank 0, whose work it is
+      return;
+    }
     attempt_->publish();
     try {
       attempt_->remove_old();
@@ -334,12 +338,22 @@ class BackgroundSave {
       warnings_.push_back("the old checkpoint could not be removed: " + error.message());
     }
     attempt_.reset();
+    std::exception_ptr not_drained;
+    if (job_.commit.drains) {
+      enter("drain");
+      try {
+        job_.commit.drain([this] { ++moves_; });
+      } catch (...) {
+        not_drained = std::current_exception();
+      }
+    }
     try {
       if (!job_.commit.root.empty())
         for (auto const& gone : Run<>{job_.medium, job_.commit.root}.settle(job_.commit.retention)) event({SaveEvent::Kind::retired, gone.place, gone.run.step, {}});
     } catch (...) {
       warnings_.push_back("the checkpoint is in its place; what comes after that failed: " + current_error().message());
     }
+    if (not_drained) std::rethrow_exception(not_drained);
   }
 
   // Nothing at the end of all pieces. Throws what staging threw, Error(cancelled), and what meanwhile() throws.

@@ -175,7 +175,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
     agree(comm, "load: open", [&] {
       reader.open_files();
       if (!opened.record) return;
-      if (still_holds(medium, opened.directory, opened.record_bytes)) return;
+      if (still_holds(medium, opened.record_directory, opened.record_bytes)) return;
       auto const now = locate_checkpoint(medium, place.path);
       if (!now.record || now.record->id != opened.record->id) throw Error{ErrorCode::io, "the checkpoint was replaced while it was being opened"}.with_path(place.path);
     });
@@ -222,7 +222,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
       for (auto const& hook : hooks) hook.call(hook.object);
     });
 
-    report.place = opened.directory;
+    report.place = opened.record ? opened.record_directory : opened.directory;
     report.id = opened.record ? opened.record->id : "";
     report.foreign = !opened.record;
     for (std::size_t t = 0; t < agreed.tensors.size(); ++t)

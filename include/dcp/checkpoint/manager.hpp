@@ -46,6 +46,46 @@ struct ManagerOptions {
   LoadOptions<S> load = {};
 };
 
+namespace detail {
+
+/// A root, claimed by rank 0 for as long as it has `lease`, and what crashes have left there put right. Collective.
+///
+/// `deadline`  how long a dcp-saver of a program that was killed is waited for: what it was given is the newest checkpoint then
+template <class = Deferred>
+std::shared_ptr<Run<>> claim_root(CommRef comm, PlaceRef const& place, std::unique_ptr<Lease>& lease, std::chrono::milliseconds deadline) {
+  std::string resolved = agree(comm, "manager", [&]() -> std::string {
+    if (comm.rank() != 0) return {};
+    place.medium->create_directories(place.path);
+    std::string const path = place.medium->resolve_place(place.path + "/step");
+    std::string const here = split_path(path).first;
+    // That of a manager that was killed may look held for a while.
+    for (auto const until = std::chrono::steady_clock::now() + place.medium->lease_life();; std::this_thread::sleep_for(std::chrono::milliseconds{200})) {
+      lease = place.medium->acquire_lease(here + '/' + std::string{manager_lease_name});
+      if (lease || std::chrono::steady_clock::now() >= until) break;
+      comm.progress();
+    }
+    if (!lease) {
+      Error error{ErrorCode::busy, "another CheckpointManager keeps the checkpoints of this directory"};
+      throw error.with_path(here).with_hint("one manager per run: give each its own directory, or end the other one first");
+    }
+    Run<> run{place.medium, here};
+    for (auto const until = std::chrono::steady_clock::now() + deadline; run.clean() && std::chrono::steady_clock::now() < until; std::this_thread::sleep_for(std::chrono::milliseconds{20})) comm.progress();
+    return here;
+  });
+  return std::make_shared<Run<>>(place.medium, broadcast_text(comm, std::move(resolved), 0));
+}
+
+/// What a manager does besides where a second tier follows it: tiered.hpp.
+struct NextTier {
+  std::uint64_t newest = 0;                                                         // the largest sequence there, when the manager began; on rank 0
+  std::function<void(Run<> const&, std::function<void()> const&)> drain;            // to it; see CommitWork
+};
+
+}  // namespace detail
+
+template <class Near, class Far>
+class Tiered;
+
 /// Saves, finds, loads and retires the checkpoints of one run. One per run and root at a time: a second one is an Error(busy). Every member is collective,
 /// but those that say otherwise. `comm` must outlive it.
 ///
@@ -72,29 +112,12 @@ class CheckpointManager : detail::a_storage<S>, detail::a_stager<T> {
       detail::check_staging(options_.staging_bytes);
       stage_ = std::make_shared<detail::Stage<>>(options_.staging_bytes, options_.save.executor);
     });
-    std::string resolved = agree(comm_, "manager", [&]() -> std::string {
-      if (comm_.rank() != 0) return {};
-      place.medium->create_directories(place.path);
-      std::string const path = place.medium->resolve_place(place.path + "/step");
-      std::string const here = detail::split_path(path).first;
-      lease_ = place.medium->acquire_lease(here + '/' + std::string{detail::manager_lease_name});
-      if (!lease_) {
-        Error error{ErrorCode::busy, "another CheckpointManager keeps the checkpoints of this directory"};
-        throw error.with_path(here).with_hint("one manager per run: give each its own directory, or end the other one first");
-      }
-      detail::Run<> run{place.medium, here};
-      // A dcp-saver of a program that was killed finishes what it was given: that is the newest checkpoint then.
-      auto const until = std::chrono::steady_clock::now() + settings.deadline;
-      while (run.clean() && std::chrono::steady_clock::now() < until) {
-        comm_.progress();
-        std::this_thread::sleep_for(std::chrono::milliseconds{20});
-      }
-      block_bytes_ = place.medium->block_bytes(here);
-      for (auto const& one : run.checkpoints()) sequence_ = std::max(sequence_, one.sequence);
-      return here;
-    });
-    run_ = std::make_shared<detail::Run<>>(place.medium, broadcast_text(comm_, std::move(resolved), 0));
-    block_bytes_ = broadcast_value(comm_, block_bytes_, 0);
+    run_ = detail::claim_root(comm_, place, lease_, settings.deadline);
+    block_bytes_ = broadcast_value(comm_, agree(comm_, "manager", [&]() -> std::uint64_t {
+      if (comm_.rank() != 0) return 0;
+      for (auto const& one : run_->checkpoints()) sequence_ = std::max(sequence_, one.sequence);
+      return place.medium->block_bytes(run_->root());
+    }), 0);
   }
   CheckpointManager(CheckpointManager const&) = delete;
   CheckpointManager& operator=(CheckpointManager const&) = delete;
@@ -122,7 +145,12 @@ class CheckpointManager : detail::a_storage<S>, detail::a_stager<T> {
       if (step < 0) throw Error{ErrorCode::invalid_argument, "step " + std::to_string(step)};
       if (metric && !std::isfinite(*metric)) throw Error{ErrorCode::invalid_argument, "a metric that is no finite number"};
       commit.record.run = {step, metric.has_value(), metric.value_or(0)};
+      commit.drains = next_ != nullptr;
       if (comm_.rank() != 0) return;
+      if (next_) {
+        sequence_ = std::max(sequence_, next_->newest);
+        commit.drain = [next = next_, run = run_](std::function<void()> const& moved) { next->drain(*run, moved); };
+      }
       commit.record.sequence = ++sequence_;
       commit.root = run_->root();
       commit.retention = {options_.keep_last, options_.keep_every, options_.keep_best, options_.best};
@@ -168,6 +196,9 @@ class CheckpointManager : detail::a_storage<S>, detail::a_stager<T> {
   }
 
  private:
+  template <class, class>
+  friend class Tiered;
+
   PlaceRef where(std::int64_t step) const { return {run_medium(), run_->place_of_step(step)}; }
   std::shared_ptr<AnyMedium> run_medium() const { return {run_, &run_->medium()}; }
 
@@ -214,6 +245,7 @@ class CheckpointManager : detail::a_storage<S>, detail::a_stager<T> {
   std::uint64_t sequence_ = 0;                          // on rank 0: of the newest checkpoint, or attempt of one
   std::uint64_t block_bytes_ = 0;
   std::shared_ptr<detail::Run<>> run_;
+  std::shared_ptr<detail::NextTier const> next_;
   std::shared_ptr<detail::PendingSave<>> last_;
   detail::PlanCache<> cache_;
 };

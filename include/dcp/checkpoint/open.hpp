@@ -83,7 +83,8 @@ Error corrupt_chunk(std::string const& path, std::uint64_t file_size, std::uint6
 }
 
 struct OpenedCheckpoint {
-  std::string directory;
+  std::string directory;                // of the files
+  std::string record_directory;         // of the record, which may name one below it
   std::optional<CommitRecord> record;   // nothing for a foreign checkpoint
   Bytes record_bytes;                   // of its file
   Catalog catalog;
@@ -117,7 +118,8 @@ Scan decode_scan(ByteReader in) {
 
 /// The directory or file that is the checkpoint of a place, and its record.
 struct Located {
-  std::string directory;
+  std::string directory;                // of the files
+  std::string record_directory;
   Bytes record_bytes;                   // as they are in the file; none for a foreign checkpoint
   std::optional<CommitRecord> record;
   bool has_values = false;              // whether the values are in `record`, too
@@ -127,7 +129,7 @@ template <class = Deferred>
 Located locate_checkpoint(AnyMedium& medium, std::string place) {
   while (place.size() > 1 && place.ends_with('/')) place.pop_back();
   Located located;
-  located.directory = place;
+  located.directory = located.record_directory = place;
   EntryKind const kind = medium.kind(place);
   if (kind == EntryKind::missing) {
     auto const siblings = siblings_of(medium, place);
@@ -141,7 +143,7 @@ Located locate_checkpoint(AnyMedium& medium, std::string place) {
       if (!siblings.empty()) error.with_hint("an unfinished save lies beside it: " + siblings[0].path);
       throw error;
     }
-    located.directory = newest->path;
+    located.directory = located.record_directory = newest->path;
     located.warnings.push_back("the place is missing; its last committed checkpoint, " + newest->path + ", is loaded (a save was interrupted between two renames)");
   }
   if (kind == EntryKind::file) return located;
@@ -161,6 +163,9 @@ Located locate_checkpoint(AnyMedium& medium, std::string place) {
         .with_path(path)
         .with_hint("without both, the directory is loaded as a checkpoint that somebody else wrote: unverified");
   if (record && !record->committed) throw Error{ErrorCode::not_found, "the directory holds a save that was never committed"}.with_path(located.directory);
+  if (record) located.directory = data_directory(located.record_directory, *record);
+  else if (holds_only_attempts(medium, located.directory) && !medium.list(located.directory).empty())
+    throw Error{ErrorCode::not_found, "there is no checkpoint"}.with_path(place).with_hint("an unfinished save lies below it");
   return located;
 }
 
@@ -258,7 +263,7 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
     append(located.warnings, scan.warnings);
     scan.warnings = std::move(located.warnings);
     if (located.has_values) parsed = std::move(located.record);
-    out.number(located.record_bytes.size() > 0).block(located.record_bytes).block(large).block(encode(scan));
+    out.number(located.record_bytes.size() > 0).block(located.record_bytes).block(large).block(encode(scan)).text(located.record_directory);
     return out.take();
   });
   broadcast_bytes(comm, message, 0);
@@ -274,12 +279,13 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
     auto const record_bytes = in.block(), large = in.block();
     scan = decode_scan(ByteReader{in.block()});
     opened.directory = scan.directory;
+    opened.record_directory = in.text();
     opened.record_bytes.assign(record_bytes.begin(), record_bytes.end());
     try {
       if (parsed) opened.record = std::move(parsed);
       else if (has_record) opened.record = parse_record(record_bytes, large);
     } catch (Error& error) {
-      throw error.with_path(opened.directory + '/' + std::string{record_name});
+      throw error.with_path(opened.record_directory + '/' + std::string{record_name});
     }
     if (opened.record) opened.checksums = ChecksumTable<>{medium, opened.directory, *opened.record};
     Headers headers;
@@ -349,7 +355,7 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
       try {
         problems.raise();
       } catch (Error& error) {
-        throw error.with_path(opened.directory + '/' + std::string{record_name});
+        throw error.with_path(opened.record_directory + '/' + std::string{record_name});
       }
       catalog.values = std::move(opened.record->values);
       std::sort(catalog.values.begin(), catalog.values.end(), [](auto const& a, auto const& b) { return a.first < b.first; });

@@ -20,7 +20,7 @@ void remove_checkpoint(CommRef comm, PlaceRef const& target) {
     std::string const place = medium.resolve_place(target.path);
     Occupant const occupant = look_at(medium, place);
     if (occupant.kind == Occupant::Kind::foreign) throw Error{ErrorCode::unsupported, "this is no checkpoint of this library, and is left alone"}.with_path(place);
-    auto const siblings = siblings_of(medium, place);
+    auto const siblings = siblings_of(medium, place, occupant.record);
     if (occupant.kind == Occupant::Kind::nothing && siblings.empty()) throw Error{ErrorCode::not_found, "there is no checkpoint"}.with_path(place);
     // Old ones first: a load that finds no checkpoint at the place takes the newest beside it.
     for (auto const& sibling : siblings) {
@@ -28,7 +28,8 @@ void remove_checkpoint(CommRef comm, PlaceRef const& target) {
       if (!lease) throw Error{ErrorCode::already_exists, "a save to this place is under way"}.with_path(sibling.path);
       remove_with_record_first(medium, sibling.path);
     }
-    if (occupant.kind == Occupant::Kind::checkpoint) remove_with_record_first(medium, place);
+    // Where attempts lie below the place, one of them may have become the checkpoint meanwhile.
+    if (occupant.kind == Occupant::Kind::checkpoint || !medium.renames_directories()) remove_with_record_first(medium, place);
   });
 }
 

@@ -4,7 +4,8 @@
 // written and synced its part, or why not; rank 0 reads that, commits, and the others see the outcome.
 //
 //   done-<rank>     what a rank has written (its checksums and byte counts), or the Error that stopped it
-//   alive-<rank>    grows by a byte now and then while a rank works: whoever waits for it knows that it is worth waiting
+//   alive-<rank>    grows by a byte now and then while a rank works (where files are put as a whole: is put again, longer): whoever waits
+//                   for it knows that it is worth waiting
 //   failed          the Error that ended the save; written by rank 0
 // The outcome "committed" is the commit record, under the place's name. All of these files are gone before that.
 
@@ -31,8 +32,6 @@
 #include <vector>
 
 namespace dcp::detail {
-
-inline constexpr std::string_view done_prefix = "done-", alive_prefix = "alive-", failed_name = "failed";
 
 /// Sleep that others can end.
 class Interruption {
@@ -88,14 +87,14 @@ class Rendezvous {
 
   /// `deadline`: how long a rank may give no sign of life
   Rendezvous(AnyMedium& medium, std::string place, std::string id, int rank, int ranks, std::chrono::milliseconds deadline, Interruption& interruption)
-      : medium_{medium}, place_{std::move(place)}, id_{std::move(id)}, directory_{place_ + std::string{attempt_infix} + id_}, rank_{rank}, ranks_{ranks}, deadline_{deadline}, interruption_{interruption} {}
+      : medium_{medium}, place_{std::move(place)}, id_{std::move(id)}, directory_{attempt_path(medium, place_, id_)}, rank_{rank}, ranks_{ranks}, deadline_{deadline}, most_pause_{medium.renames_directories() ? 100 : 1000}, interruption_{interruption} {}
 
   std::string const& directory() const { return directory_; }
 
   /// Of ranks that did not make the attempt: waits until it is there. Throws Error(not_shared) after `visible_within`.
   void wait_for_attempt(std::chrono::milliseconds visible_within) {
     auto const until = clock::now() + visible_within;
-    for (auto pause = first_pause;; pause = std::min(2 * pause, most_pause)) {
+    for (auto pause = first_pause;; pause = std::min(2 * pause, most_pause_)) {
       if (auto const failed = failure_told()) throw *failed;
       std::optional<Error> failure;
       try {
@@ -150,7 +149,7 @@ class Rendezvous {
     int missing = ranks_ - 1;
     std::map<int, std::uint64_t> signs;
     auto last_news = clock::now();
-    for (auto pause = first_pause; missing > 0; pause = std::min(2 * pause, most_pause)) {
+    for (auto pause = first_pause; missing > 0; pause = std::min(2 * pause, most_pause_)) {
       bool news = false;
       for (auto const& entry : medium_.list(directory_)) {
         int rank = -1;
@@ -191,7 +190,7 @@ class Rendezvous {
   void wait_for_outcome() {
     std::uint64_t signs = 0;
     auto last_news = clock::now();
-    for (auto pause = first_pause;; pause = std::min(2 * pause, most_pause)) {
+    for (auto pause = first_pause;; pause = std::min(2 * pause, most_pause_)) {
       if (auto const failure = failure_told()) throw *failure;
       if (in_place()) return;
       bool there = false;
@@ -212,7 +211,7 @@ class Rendezvous {
   }
 
  private:
-  static constexpr std::chrono::milliseconds first_pause{1}, most_pause{100};
+  static constexpr std::chrono::milliseconds first_pause{1};
 
   template <class = Deferred>
   static bool numbered(std::string_view name, std::string_view prefix, int& rank) {
@@ -225,6 +224,7 @@ class Rendezvous {
     std::uint64_t const crc = crc64(message);
     append(message, std::as_bytes(std::span{&crc, 1}));
     std::string const path = directory_ + '/' + std::string{done_prefix} + std::to_string(rank_), temporary = path + ".tmp";
+    if (!medium_.renames_directories()) return static_cast<void>(put_surely(medium_, path, message, {})), static_cast<void>(told_ = true);
     auto const file = medium_.open_write(temporary);
     file->resize(message.size());
     file->write_at(0, message);
@@ -268,7 +268,7 @@ class Rendezvous {
   AnyMedium& medium_;
   std::string place_, id_, directory_;
   int rank_, ranks_;
-  std::chrono::milliseconds deadline_;
+  std::chrono::milliseconds deadline_, most_pause_;   // between looks: of an object store each is several requests of every rank
   Interruption& interruption_;
   clock::time_point last_sign_ = clock::now();
   std::uint64_t signs_ = 0;

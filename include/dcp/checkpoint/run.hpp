@@ -3,7 +3,7 @@
 // The checkpoints of one training run, each in a directory of its own below a root, by step.
 //
 //   root/step-00000100        a checkpoint; which step it is of, and which came later, stands in its commit record and not in its name
-//   root/step-00000200.dcp-*  one that is being saved or removed, or the wreck of that
+//   root/step-00000200.dcp-*  one that is being saved or removed, or the wreck of that (root/step-00000200/dcp-*, where directories are not renamed)
 //   root/latest               the name of the newest, for people and scripts. The manager itself does not read it
 //   root/dcp.pins             steps that retention leaves alone
 //   root/dcp.manager          lease of the manager
@@ -130,6 +130,10 @@ class Run {
   bool clean() const {
     bool held = false;
     for (auto const& entry : medium_->list(root_)) {
+      if (!medium_->renames_directories()) {
+        if (entry.kind == EntryKind::directory && entry.name.starts_with(step_prefix)) clean_below(root_ + '/' + entry.name);
+        continue;
+      }
       auto const infix = entry.name.find(attempt_infix);
       std::uint64_t id = 0;
       if (entry.kind != EntryKind::directory || !entry.name.starts_with(step_prefix) || infix == std::string::npos || !parse_hex16(std::string_view{entry.name}.substr(infix + attempt_infix.size()), id)) continue;
@@ -156,8 +160,17 @@ class Run {
   }
 
  private:
+  void clean_below(std::string const& place) const {
+    try {
+      auto const occupant = look_at(*medium_, place);
+      clean_attempts(*medium_, place, siblings_of(*medium_, place, occupant.record), occupant);
+    } catch (Error const&) {
+      // As above.
+    }
+  }
   // Aside first, so that what a crash leaves of it is known for what it is. A reader keeps the files that it has open, and is told that the rest is gone.
   void retire(std::string const& place) const {
+    if (!medium_->renames_directories()) return remove_with_record_first(*medium_, place);
     if (auto const record = read_record(*medium_, place)) {
       std::string const aside = place + std::string{attempt_infix} + record->id;
       if (medium_->publish_new(place, aside)) medium_->sync_directory(root_);

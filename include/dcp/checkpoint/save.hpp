@@ -3,13 +3,13 @@
 // save: a state of all ranks becomes one checkpoint, or nothing changes.
 //
 //   1. agree       ranks mean the same state and options; rank 0 alone looks at the place and tells the others
-//   2. attempt     rank 0 makes a directory beside the place, with a record that says "open"; every rank finds it, or the place is
+//   2. attempt     rank 0 makes a directory beside the place (below it, where directories are not renamed), with a record that says "open"; every rank finds it, or the place is
 //                  not shared by all ranks
 //   3. plan        which rank writes which bytes: computed by every rank for itself
 //   4. write       fragments and short runs to the owners of their blocks, everything else straight to its final position, with
 //                  checksums of what was staged, then a sync of every file by every rank that wrote to it
 //   5. commit      on rank 0: every byte written exactly once, every size as planned; index, checksums, and last the record
-//   6. publish     the attempt takes the place; all ranks learn the outcome; only then the old checkpoint is removed
+//   6. publish     the attempt takes the place, or the place's record names it; all ranks learn the outcome; only then the old checkpoint is removed
 
 #include <dcp/base/algorithms.hpp>
 #include <dcp/base/config.hpp>
@@ -313,7 +313,6 @@ std::shared_ptr<PlannedSave> agree_and_plan(CommRef comm, AnyStorage const& stor
   agree(comm, "save: agree", [&] {
     check_resources(settings.memory_bytes, settings.threads);
     if (settings.writers_per_file < 1) throw Error{ErrorCode::invalid_argument, "writers_per_file is " + std::to_string(settings.writers_per_file)};
-    if (!place.medium->renames_directories()) throw Error{ErrorCode::unsupported, "this medium cannot rename directories, which publishing a checkpoint needs"};
   });
   planned->agreed = agree_state(comm, "save: agree", state, planned->options + " place=" + place.path, true);
   if (settings.check == Check::contents) compare_replicas(comm, planned->agreed);
@@ -371,12 +370,12 @@ Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
     std::string const id{opened.id.begin(), opened.id.end()};
     report.place = broadcast_text(comm, attempt ? attempt->place() : std::string{}, 0);
     report.id = id;
-    std::string const directory = report.place + std::string{attempt_infix} + id;
+    std::string const directory = attempt_path(medium, report.place, id);
     require_shared(comm, medium, directory, id, settings.visible_within);
     SavePlan const writes = agree(comm, "save: plan", [&] {
       for (auto const& file : plan.files.files)
         if (auto const below = split_path('/' + file.path).first; below != "/" && (file.only_rank >= 0 || comm.rank() == 0)) medium.create_directories(directory + below);
-      return plan.writes(agreed, comm.rank(), comm.size(), {opened.block_bytes, settings.writers_per_file});
+      return plan.writes(agreed, comm.rank(), comm.size(), {opened.block_bytes, writers_per_file(medium, settings.writers_per_file)});
     });
     Writer<> writer{comm, medium, directory, writes, settings, watch};
     auto const sums = writer.run();

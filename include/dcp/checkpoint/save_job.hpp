@@ -23,12 +23,12 @@ namespace dcp {
 
 /// What a save in the background has reached.
 struct SaveEvent {
-  enum class Kind : std::uint8_t { staged, written, committed, failed, retired } kind;
+  enum class Kind : std::uint8_t { staged, written, committed, failed, retired, drained } kind;
   std::string place;      // of the checkpoint
   std::int64_t step = -1; // of a manager's
   std::string error;      // of `failed`
 };
-/// Called on a thread of the library; `committed` and `retired` on rank 0 only.
+/// Called on a thread of the library; `committed`, `retired` and `drained` (Tiered: in place in the far tier) on rank 0 only.
 using SaveEventCallback = std::function<void(SaveEvent const&)>;
 
 namespace detail {
@@ -41,6 +41,9 @@ struct CommitWork {
   // Of a manager: where `latest` and retention are put right after it; a failure of that is a warning.
   std::string root;
   Retention retention;
+  // Of a save to two tiers: what is done before that, and whose failure is one of the save. It calls what it is given whenever something has moved.
+  std::function<void(std::function<void()> const&)> drain;
+  bool drains = false;   // on all ranks
 };
 
 template <class>

@@ -98,15 +98,6 @@ std::string numbers_to_json(Value const& value) {
   return out;
 }
 
-template <class = Deferred>
-std::string hex_text(ConstByteSpan bytes) {
-  constexpr std::string_view digits = "0123456789abcdef";
-  std::string out;
-  out.reserve(2 * bytes.size());
-  for (auto const byte : bytes) out += digits[static_cast<std::size_t>(byte >> 4)], out += digits[static_cast<std::size_t>(byte & std::byte{15})];
-  return out;
-}
-
 }  // namespace detail
 
 /// The value as JSON: numbers (infinities and NaNs as a string of their bits, "0x7ff0000000000000"), arrays, strings (text; bytes
@@ -117,7 +108,7 @@ std::string to_json(Value const& value) {
     case ValueKind::number: return detail::numbers_to_json(value);
     case ValueKind::array: return '[' + detail::numbers_to_json(value) + ']';
     case ValueKind::text: return json_quoted(as_text(value.payload));
-    case ValueKind::bytes: return '"' + detail::hex_text(value.payload) + '"';
+    case ValueKind::bytes: return '"' + hex_text(value.payload) + '"';
     case ValueKind::json: return std::string{as_text(value.payload)};
     case ValueKind::per_rank: break;
   }

@@ -3,6 +3,9 @@
 // dcp.json, the commit record: what a checkpoint consists of, and that it is complete. A directory whose record says "committed" and
 // whose files have the sizes and checksums listed there is a checkpoint, wherever it was copied.
 //
+// On media that rename directories the files lie beside the record. On others they lie in a directory below it that the record names, a fresh one
+// for every save, and the record is written when all of them are there; a copy of the whole is a checkpoint on any medium.
+//
 // The file is JSON. Its first line holds the CRC-64/NVME of everything after that line and nothing else, so that a changed byte anywhere
 // is noticed like one in the data. dcp.crc, beside it, holds the chunk checksums of the data files: 8 bytes each,
 // little-endian, the tables of the files in the order of the list.
@@ -34,7 +37,7 @@ inline constexpr std::string_view record_name = "dcp.json";
 inline constexpr std::string_view checksums_name = "dcp.crc";
 inline constexpr std::string_view values_name = "dcp.values";   // values too large for the record
 inline constexpr std::string_view lease_name = "dcp.lease";
-inline constexpr int record_format = 1;                          // readers refuse records of a larger number
+inline constexpr int record_format = 2;                          // readers refuse records of a larger number; 1: the files lie beside the record
 inline constexpr std::uint64_t chunk_bytes = 1 << 20;            // of data per checksum; a fixed part of the format
 inline constexpr std::uint64_t most_record_bytes = std::uint64_t{1} << 30;
 inline constexpr std::size_t inline_value_bytes = 16 << 10;      // values above it go to dcp.values
@@ -74,6 +77,7 @@ struct CommitRecord {
   bool committed = false;
   std::string storage;              // "safetensors"
   std::string file_layout;          // "final", "sharded"
+  std::string directory;            // that files are relative to, below that of the record; "" is the same
   std::vector<RecordFile> files;    // sorted by path
   std::vector<RecordGroup> groups;
   std::vector<RecordTensor> tensors;
@@ -120,7 +124,7 @@ void require_inside(std::string const& path) {
     safe = !part.empty() && part != "." && part != "..";
     at = slash + 1;
   }
-  if (!safe) throw Error{ErrorCode::unsafe_path, "the commit record lists the file " + json_quoted(path) + ", which does not stay inside the checkpoint"};
+  if (!safe) throw Error{ErrorCode::unsafe_path, "the commit record lists " + json_quoted(path) + ", which does not stay inside the checkpoint"};
 }
 
 template <class = Deferred>
@@ -262,6 +266,7 @@ CommitRecord parse_fields(JsonValue const& json, ConstByteSpan large, bool with_
   record.committed = text(json, "state") == "committed";
   record.storage = text(json, "storage");
   record.file_layout = text(json, "file_layout");
+  if (json.contains("directory")) require_inside(record.directory = text(json, "directory"));
   if (json.contains("step")) record.run.step = json.at("step").template number<std::int64_t>();
   if (json.contains("metric")) record.run.measured = true, record.run.metric = json.at("metric").template number<double>();
   for (auto const& f : json.at("files").items()) {
@@ -290,12 +295,13 @@ template <class = Deferred>
 Bytes write_record(CommitRecord const& record, Bytes& large) {
   std::string out;
   auto const field = [&](std::string_view name) -> std::string& { return out += ",\n \"" + std::string{name} + "\": "; };
-  out += " \"format\": " + std::to_string(record_format);
+  out += " \"format\": " + std::to_string(record.directory.empty() ? 1 : record_format);   // what older readers can read is of the older format
   field("id") += json_quoted(record.id);
   field("sequence") += std::to_string(record.sequence);
   field("state") += record.committed ? "\"committed\"" : "\"open\"";
   field("storage") += json_quoted(record.storage);
   field("file_layout") += json_quoted(record.file_layout);
+  if (!record.directory.empty()) field("directory") += json_quoted(record.directory);
   if (record.run.step >= 0) field("step") += std::to_string(record.run.step);
   if (record.run.measured) field("metric") += detail::number_to_json(record.run.metric);
   field("chunk_bytes") += std::to_string(chunk_bytes);

@@ -7,17 +7,27 @@
 //   2. after sync_directory returns, the names in that directory (created, renamed, removed) survive a crash;
 //   3. rename_file replaces the target atomically: a reader sees the old file or the new one;
 //   4. publish_new and exchange_directories are atomic in the same sense for whole directories.
+// A medium whose renames_directories is false (an object store: names and whole objects, nothing else) guarantees these in their stead:
+//   5. every directory is there, and is seen when something lies below it; a file has one writer, and appears whole, in place of one that
+//      was there, when it is synced or closed; from then on it survives a crash;
+//   6. put_file is atomic, and does nothing where something else is than was expected;
+//   7. what has been put or removed is so for every later call of anybody, in lists too.
 
 #include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
 
+#include <cerrno>
+#include <chrono>
 #include <concepts>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <span>
 #include <string>
 #include <string_view>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace dcp {
@@ -35,6 +45,15 @@ struct DirectoryEntry {
   std::string name;   // one component
   EntryKind kind;
   std::uint64_t size; // of a file, in bytes
+};
+
+/// What must be at a name for put_file to put something there.
+struct Expected {
+  enum class What : std::uint8_t { anything, nothing, bytes } what = What::anything;
+  ConstByteSpan bytes = {};
+
+  static Expected nothing() { return {What::nothing, {}}; }
+  static Expected these(ConstByteSpan bytes) { return {What::bytes, bytes}; }
 };
 
 /// A file being written. Several ranks may have the same file open and write disjoint ranges.
@@ -78,7 +97,8 @@ class ReadableFile {
   virtual std::uint64_t size() const = 0;
   /// A number that is another one when the contents have been changed or replaced, as far as the medium can tell; 0 if it cannot.
   virtual std::uint64_t version() const { return 0; }
-  /// Fills all of `out` from `offset`. Throws Error(truncated) where the file ends, Error(io) where the system refuses.
+  /// Fills all of `out` from `offset`. Throws Error(truncated) where the file ends, Error(io) where the system refuses, with ESTALE where an open file does not
+  /// outlive its replacement, and it was replaced.
   virtual void read_at(std::uint64_t offset, ByteSpan out) = 0;
   /// Fills `pieces` one after the other with what lies from `offset` on; as read_at, in one operation where the medium can.
   virtual void read_pieces(std::uint64_t offset, std::span<ByteSpan const> pieces) {
@@ -106,7 +126,7 @@ class AnyMedium {
   virtual ~AnyMedium() = default;
 
   // What this medium can do.
-  virtual bool renames_directories() const = 0;    // publish_new and move_directory; without them the commit record written last is the commit
+  virtual bool renames_directories() const = 0;    // and files; without that, put_file of the commit record is the commit
   virtual bool shared_by_ranks() const = 0;        // false only for media inside one process
   /// Whether its paths are those of files that another process of this machine can write as LocalFs does. A medium of which that is so has a constant
   /// local_files; others need no such member.
@@ -122,8 +142,11 @@ class AnyMedium {
   virtual std::unique_ptr<WritableFile> open_blocks(std::string const& path, std::uint64_t block, DirectIo mode) = 0;
   /// For writes to files of open_blocks; nothing where a thread can have only one under way. Such a medium needs no such member.
   virtual std::unique_ptr<WriteQueue> open_queue(std::size_t depth) = 0;
-  virtual void rename_file(std::string const& from, std::string const& to) = 0;   // replaces `to`
+  virtual void rename_file(std::string const& from, std::string const& to) = 0;   // replaces `to`. Of media that rename directories
   virtual void remove_file(std::string const& path) = 0;                          // no error if it is not there
+  /// Puts a whole file there, or, if what is there is not as `expected`, does nothing and returns false. After an Error it may be there, or may yet
+  /// come. Of media that do not rename directories.
+  virtual bool put_file(std::string const& path, ConstByteSpan bytes, Expected expected) = 0;
 
   // Directories.
   virtual EntryKind kind(std::string const& path) = 0;
@@ -131,7 +154,7 @@ class AnyMedium {
   virtual bool create_directory(std::string const& path) = 0;                     // false if it was there; parents must be there
   virtual void create_directories(std::string const& path) = 0;                   // with parents, each parent synced
   virtual void sync_directory(std::string const& path) = 0;
-  /// Renames directory `from` to `to`; false, and nothing done, if `to` is there and not an empty directory.
+  /// Renames directory `from` to `to`; false, and nothing done, if `to` is there and not an empty directory. Of media that can, as the next one.
   virtual bool publish_new(std::string const& from, std::string const& to) = 0;
   /// Exchanges two directories atomically; false, and nothing done, where the medium cannot.
   virtual bool exchange_directories(std::string const& a, std::string const& b) = 0;
@@ -139,6 +162,8 @@ class AnyMedium {
 
   /// A lease on `path` (a file that this call creates), or nullptr if another holder has it and is alive.
   virtual std::unique_ptr<Lease> acquire_lease(std::string const& path) = 0;
+  /// How long the lease of a holder that was killed may yet look held. A medium that knows at once needs no such member.
+  virtual std::chrono::milliseconds lease_life() const = 0;
 
   /// The path with links resolved and made absolute; the last component need not exist. Throws Error(invalid_argument) for
   /// places that cannot be replaced as a whole: a root, a mount point, the current directory or a parent of it.
@@ -148,22 +173,38 @@ class AnyMedium {
   virtual std::uint64_t block_bytes(std::string const& directory) = 0;
 };
 
+namespace detail {
+/// Whether M says, as a constant, that it is an object store.
+template <class M>
+constexpr bool medium_puts_files() {
+  if constexpr (requires { typename std::bool_constant<M::renames_directories>; }) return !M::renames_directories;
+  else return false;
+}
+template <class M>
+concept MediumThatRenames = requires(M& medium, std::string const& path) {
+  medium.rename_file(path, path);
+  { medium.publish_new(path, path) } -> std::same_as<bool>;
+  { medium.exchange_directories(path, path) } -> std::same_as<bool>;
+};
+template <class M>
+concept MediumThatPuts = requires(M& medium, std::string const& path) {
+  { medium.put_file(path, ConstByteSpan{}, Expected{}) } -> std::same_as<bool>;
+};
+}  // namespace detail
+
 /// A type is a Medium when it has the members of AnyMedium (by these names; constants for the capabilities).
 template <class M>
-concept Medium = requires(M& medium, std::string const& path) {
+concept Medium = (detail::medium_puts_files<M>() ? detail::MediumThatPuts<M> : detail::MediumThatRenames<M>) && requires(M& medium, std::string const& path) {
   { M::renames_directories } -> std::convertible_to<bool>;
   { M::shared_by_ranks } -> std::convertible_to<bool>;
   { medium.open_write(path) } -> std::same_as<std::unique_ptr<WritableFile>>;
   { medium.open_read(path) } -> std::same_as<std::unique_ptr<ReadableFile>>;
-  medium.rename_file(path, path);
   medium.remove_file(path);
   { medium.kind(path) } -> std::same_as<EntryKind>;
   { medium.list(path) } -> std::same_as<std::vector<DirectoryEntry>>;
   { medium.create_directory(path) } -> std::same_as<bool>;
   medium.create_directories(path);
   medium.sync_directory(path);
-  { medium.publish_new(path, path) } -> std::same_as<bool>;
-  { medium.exchange_directories(path, path) } -> std::same_as<bool>;
   medium.remove_tree(path);
   { medium.acquire_lease(path) } -> std::same_as<std::unique_ptr<Lease>>;
   { medium.resolve_place(path) } -> std::same_as<std::string>;
@@ -175,24 +216,26 @@ namespace detail {
 template <class M>
 constexpr int piece_that_medium_lacks() {
   using Path = std::string const&;
+  constexpr bool puts = medium_puts_files<M>();
   bool const has[]{
       requires { { M::renames_directories } -> std::convertible_to<bool>; },
       requires { { M::shared_by_ranks } -> std::convertible_to<bool>; },
       requires(M& medium, Path path) { { medium.open_write(path) } -> std::same_as<std::unique_ptr<WritableFile>>; },
       requires(M& medium, Path path) { { medium.open_read(path) } -> std::same_as<std::unique_ptr<ReadableFile>>; },
-      requires(M& medium, Path path) { medium.rename_file(path, path); },
+      puts || requires(M& medium, Path path) { medium.rename_file(path, path); },
       requires(M& medium, Path path) { medium.remove_file(path); },
       requires(M& medium, Path path) { { medium.kind(path) } -> std::same_as<EntryKind>; },
       requires(M& medium, Path path) { { medium.list(path) } -> std::same_as<std::vector<DirectoryEntry>>; },
       requires(M& medium, Path path) { { medium.create_directory(path) } -> std::same_as<bool>; },
       requires(M& medium, Path path) { medium.create_directories(path); },
       requires(M& medium, Path path) { medium.sync_directory(path); },
-      requires(M& medium, Path path) { { medium.publish_new(path, path) } -> std::same_as<bool>; },
-      requires(M& medium, Path path) { { medium.exchange_directories(path, path) } -> std::same_as<bool>; },
+      puts || requires(M& medium, Path path) { { medium.publish_new(path, path) } -> std::same_as<bool>; },
+      puts || requires(M& medium, Path path) { { medium.exchange_directories(path, path) } -> std::same_as<bool>; },
       requires(M& medium, Path path) { medium.remove_tree(path); },
       requires(M& medium, Path path) { { medium.acquire_lease(path) } -> std::same_as<std::unique_ptr<Lease>>; },
       requires(M& medium, Path path) { { medium.resolve_place(path) } -> std::same_as<std::string>; },
       requires(M& medium, Path path) { { medium.block_bytes(path) } -> std::same_as<std::uint64_t>; },
+      !puts || MediumThatPuts<M>,
   };
   int piece = 0;
   for (bool const there : has) {
@@ -220,6 +263,7 @@ struct medium_lacks {
   static_assert(Lacks != 14, "dcp: a Medium needs  std::unique_ptr<dcp::Lease> acquire_lease(std::string const& path)  - nullptr if another holder is alive");
   static_assert(Lacks != 15, "dcp: a Medium needs  std::string resolve_place(std::string const& path)  - absolute, links resolved");
   static_assert(Lacks != 16, "dcp: a Medium needs  std::uint64_t block_bytes(std::string const& directory)  - the unit that only one rank may write");
+  static_assert(Lacks != 17, "dcp: a Medium that does not rename directories needs  bool put_file(std::string const& path, dcp::ConstByteSpan bytes, dcp::Expected expected)  - atomically, false if something else is there");
 };
 /// As a base or a local variable: fails to compile, with the sentence of the first piece that `M` lacks.
 template <class M>
@@ -247,21 +291,41 @@ class MediumModel final : public AnyMedium {
     if constexpr (requires { medium_.open_queue(depth); }) return medium_.open_queue(depth);
     else return static_cast<void>(depth), nullptr;
   }
-  void rename_file(std::string const& from, std::string const& to) override { medium_.rename_file(from, to); }
+  void rename_file(std::string const& from, std::string const& to) override {
+    if constexpr (M::renames_directories) medium_.rename_file(from, to);
+    else static_cast<void>(to), cannot("rename", from);
+  }
   void remove_file(std::string const& path) override { medium_.remove_file(path); }
+  bool put_file(std::string const& path, ConstByteSpan bytes, Expected expected) override {
+    if constexpr (!M::renames_directories) return medium_.put_file(path, bytes, expected);
+    else return static_cast<void>(bytes), static_cast<void>(expected), cannot("put a whole file at", path);
+  }
   EntryKind kind(std::string const& path) override { return medium_.kind(path); }
   std::vector<DirectoryEntry> list(std::string const& directory) override { return medium_.list(directory); }
   bool create_directory(std::string const& path) override { return medium_.create_directory(path); }
   void create_directories(std::string const& path) override { medium_.create_directories(path); }
   void sync_directory(std::string const& path) override { medium_.sync_directory(path); }
-  bool publish_new(std::string const& from, std::string const& to) override { return medium_.publish_new(from, to); }
-  bool exchange_directories(std::string const& a, std::string const& b) override { return medium_.exchange_directories(a, b); }
+  bool publish_new(std::string const& from, std::string const& to) override {
+    if constexpr (M::renames_directories) return medium_.publish_new(from, to);
+    else return static_cast<void>(to), cannot("rename", from);
+  }
+  bool exchange_directories(std::string const& a, std::string const& b) override {
+    if constexpr (M::renames_directories) return medium_.exchange_directories(a, b);
+    else return static_cast<void>(b), cannot("rename", a);
+  }
   void remove_tree(std::string const& path) override { medium_.remove_tree(path); }
   std::unique_ptr<Lease> acquire_lease(std::string const& path) override { return medium_.acquire_lease(path); }
+  std::chrono::milliseconds lease_life() const override {
+    if constexpr (requires { medium_.lease_life(); }) return medium_.lease_life();
+    else return std::chrono::milliseconds{0};
+  }
   std::string resolve_place(std::string const& path) override { return medium_.resolve_place(path); }
   std::uint64_t block_bytes(std::string const& directory) override { return medium_.block_bytes(directory); }
 
  private:
+  template <class = Deferred>
+  [[noreturn]] static bool cannot(char const* what, std::string const& path) { throw Error{ErrorCode::unsupported, "this medium cannot " + std::string{what} + " this path"}.with_path(path); }
+
   M medium_;
 };
 
@@ -270,18 +334,26 @@ class MediumModel final : public AnyMedium {
 /// The whole of a small file. Throws Error(limit) if it is larger than `most`, before reading it.
 template <class = Deferred>
 Bytes read_file(AnyMedium& medium, std::string const& path, std::uint64_t most) {
-  auto const file = medium.open_read(path);
-  auto const size = file->size();
-  if (size > most) throw Error{ErrorCode::limit, "a file of " + std::to_string(size) + " bytes, over the limit of " + std::to_string(most)}.with_path(path);
-  Bytes bytes(static_cast<std::size_t>(size));
-  file->read_at(0, bytes);
-  return bytes;
+  for (int most_replacements = 64;; --most_replacements) {
+    auto const file = medium.open_read(path);
+    auto const size = file->size();
+    if (size > most) throw Error{ErrorCode::limit, "a file of " + std::to_string(size) + " bytes, over the limit of " + std::to_string(most)}.with_path(path);
+    Bytes bytes(static_cast<std::size_t>(size));
+    try {
+      file->read_at(0, bytes);
+      return bytes;
+    } catch (Error const& error) {
+      // Another one has come to its name since it was opened.
+      if (error.system_error() != ESTALE || most_replacements == 0) throw;
+    }
+  }
 }
 
-/// Writes a small file durably under its final name: temporary name, sync, rename, sync of the directory.
+/// Writes a small file durably under its final name: temporary name, sync, rename, sync of the directory; or puts it there.
 template <class = Deferred>
 void write_file_durably(AnyMedium& medium, std::string const& directory, std::string const& name, ConstByteSpan bytes) {
   auto const path = directory + "/" + name, temporary = path + ".tmp";
+  if (!medium.renames_directories()) return static_cast<void>(medium.put_file(path, bytes, {}));
   medium.remove_file(temporary);
   auto const file = medium.open_write(temporary);
   file->write_at(0, bytes);

@@ -9,6 +9,9 @@
 #ifdef WITH_URING
 #include <dcp/media/uring_fs.hpp>
 #endif
+#ifdef WITH_S3
+#include <dcp/media/object_store.hpp>
+#endif
 #ifdef WITH_SAVER
 #include <unistd.h>
 #endif
@@ -26,7 +29,15 @@ int main() {
   static_cast<void>(dcp::UringFs{}.open_queue(4));   // linked; whether there is a ring is the machine's affair
 #endif
 #ifdef WITH_SAVER
-  if (::access(DCP_SAVER_PROGRAM, X_OK) != 0) return 4;
+  if (::access(DCP_SAVER_PROGRAM, X_OK) != 0) return 5;
+#endif
+#ifdef WITH_S3
+  try {
+    dcp::ObjectStore const store{{.endpoint = "no endpoint"}};   // linked; and told what is wrong, whatever the environment holds
+    return 4;
+  } catch (dcp::Error const& error) {
+    if (error.code() != dcp::ErrorCode::invalid_argument) return 4;
+  }
 #endif
   return uses_dcp() ? 0 : 1;
 }
