@@ -82,11 +82,14 @@ class Bench:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
 
-    def start(self, ranks):
+    def start(self, ranks, bound=True):
+        """`bound`: to processors, as the launcher of MPI sees fit. Open MPI gives each of two ranks one of two, and what a rank does in the background has to share it."""
         self.stop()
         folder = self.work / f"pipes-{ranks}-{time.monotonic_ns()}"
         folder.mkdir()
         environment = dict(os.environ, OMP_NUM_THREADS="1", OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", OMPI_MCA_rmaps_base_oversubscribe="1", OMPI_MCA_btl_vader_single_copy_mechanism="none")
+        if not bound:
+            environment["OMPI_MCA_hwloc_base_binding_policy"] = "none"
         ours = lambda f: [subprocess.Popen([*self.arguments.mpirun.split(), "-n", str(ranks), self.arguments.program, str(f)], env=environment)]
         theirs = lambda f: [subprocess.Popen([sys.executable, str(pathlib.Path(__file__).parent / "theirs.py"), str(f), str(r), str(ranks)], env=environment) for r in range(ranks)]
         self.sides["ours"] = Side("ours", folder, ranks, ours)
@@ -220,7 +223,7 @@ class Bench:
 
     def asynchronous(self, place, size):
         """Saves in the background. All are the second of their process or a later one: staging memory is there, and so is their process of the other side."""
-        self.start(2)
+        self.start(2, bound=False)
         self.both("state", **size, dim=0)
         self.both("fill")
         ours = ("ours", "async", {"place": place("run"), "files": 4}, None)
@@ -238,7 +241,7 @@ class Bench:
         self.sides["theirs"].do("load", place=place("async-process"), **{"with": "files"})
         self.both("check")
         for ranks in (1, 2):
-            self.start(ranks)
+            self.start(ranks, bound=False)
             side = self.sides["ours"]
             if ranks == 1 and self.arguments.eigen:
                 side.do("state", **size, dim=0)

@@ -45,7 +45,6 @@
 
 #include <fcntl.h>
 #include <malloc.h>
-#include <sched.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -219,13 +218,6 @@ void forget_peak() {
   std::ofstream{"/proc/self/clear_refs"} << 5;
 }
 
-void stay_on(int processor) {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(static_cast<std::size_t>(processor), &set);
-  must(::sched_setaffinity(0, sizeof set, &set) == 0, "sched_setaffinity");
-}
-
 int serve(dcp::MpiComm& world, std::string const& folder) {
   State state{world, 0, 0, 0, 0, {}, {}};
   std::optional<Run> run;
@@ -313,13 +305,6 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
         if (place.empty()) {
           seconds = compute([](int done) { return done < Compute::products; });
         } else {
-          bool const apart = number(words, "apart", 0) != 0;
-          if (apart && !run) {
-            stay_on(1);
-            ready_run();
-            run->save().wait();
-            stay_on(0);
-          }
           ready_run();
           dcp::Pending pending = run->save();
           seconds = compute([&](int) { return !pending.done(); });
