@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Install rules and the package: find_package(dcp [COMPONENTS ...]) from the install tree, wherever it was moved, or from the build tree.
-# Everything goes below share/, as nothing in it depends on the architecture.
+# Everything but the program dcp-saver goes below share/, as nothing in it depends on the architecture.
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
@@ -19,6 +19,12 @@ foreach(name IN ITEMS dcp ${dcp_components})
   install(EXPORT dcp_${name}_targets NAMESPACE dcp:: FILE ${target}_targets.cmake DESTINATION ${dcp_package_dir})
   export(EXPORT dcp_${name}_targets NAMESPACE dcp:: FILE ${PROJECT_BINARY_DIR}/${target}_targets.cmake)
 endforeach()
+if(TARGET dcp_saver)
+  install(TARGETS dcp_saver_program RUNTIME DESTINATION bin)
+  install(TARGETS dcp_saver EXPORT dcp_saver_targets)
+  install(EXPORT dcp_saver_targets NAMESPACE dcp:: FILE dcp_saver_targets.cmake DESTINATION ${dcp_package_dir})
+  export(EXPORT dcp_saver_targets NAMESPACE dcp:: FILE ${PROJECT_BINARY_DIR}/dcp_saver_targets.cmake)
+endif()
 if(CMAKE_VERSION VERSION_LESS 3.23)
   install(DIRECTORY ${PROJECT_SOURCE_DIR}/include/dcp DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MATCHING PATTERN *.hpp)
 endif()

@@ -8,4 +8,8 @@ template Report load_state<>(CommRef, AnyStorage const&, PlaceRef const&, StateD
 template OwnedState load_owned<>(CommRef, AnyStorage const&, PlaceRef const&, std::vector<std::string> const&, LoadSettings);
 template Report reshard_state<>(CommRef, StateDict const&, StateDict const&, ReshardOptions const&);
 template void remove_checkpoint<>(CommRef, PlaceRef const&);
+template class BackgroundSave<>;
+template class Staging<>;
+template struct PendingSave<>;
+template std::shared_ptr<PendingSave<>> begin_save<>(CommRef, AnyStorage const&, PlaceRef const&, StateDict const&, SaveSettings const&, StagerRef, std::shared_ptr<Stage<>> const&, CommitWork, SaveEventCallback, PlanCache<>*, KnownPlace const*);
 }  // namespace dcp::detail

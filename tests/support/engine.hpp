@@ -10,4 +10,8 @@ extern template Report load_state<>(CommRef, AnyStorage const&, PlaceRef const&,
 extern template OwnedState load_owned<>(CommRef, AnyStorage const&, PlaceRef const&, std::vector<std::string> const&, LoadSettings);
 extern template Report reshard_state<>(CommRef, StateDict const&, StateDict const&, ReshardOptions const&);
 extern template void remove_checkpoint<>(CommRef, PlaceRef const&);
+extern template class BackgroundSave<>;
+extern template class Staging<>;
+extern template struct PendingSave<>;
+extern template std::shared_ptr<PendingSave<>> begin_save<>(CommRef, AnyStorage const&, PlaceRef const&, StateDict const&, SaveSettings const&, StagerRef, std::shared_ptr<Stage<>> const&, CommitWork, SaveEventCallback, PlanCache<>*, KnownPlace const*);
 }  // namespace dcp::detail

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 // The rows of PyTorch's e2e/test_e2e_save_and_load.py, with its steps and asserts, for any communicator. Include one of ranks_on_*.hpp
-// before. (Its parameter compile = True is about Python's compiler; its rows of async_save are not here.)
+// before. (Its parameter compile = True is about Python's compiler.)
 
 #include "support/upstream_training.hpp"
 
+#include <dcp/checkpoint/async_save.hpp>
 #include <dcp/checkpoint/load.hpp>
+#include <dcp/checkpoint/manager.hpp>
 #include <dcp/checkpoint/owned_state.hpp>
 #include <dcp/checkpoint/save.hpp>
 #include <dcp/comm/self.hpp>
@@ -17,6 +19,8 @@
 #include <set>
 #include <string>
 #include <vector>
+
+#include <unistd.h>
 
 namespace dcp::test {
 
@@ -52,8 +56,9 @@ struct StatefulObject {
   StateDict state() { return {{"data", TensorView<float>{data, {10, 10}}}}; }
 };
 
-template <class Strategy, class C>
-void save_and_load(C& world, std::string const& directory) {
+// `save`(state, train on): saves, and returns the place; with train on(), once the state may change, training goes on.
+template <class Strategy, class C, class Save>
+void save_and_load(C& world, Save save) {
   // The reference: one process alone, two steps.
   SelfComm alone;
   auto reference = dummy<Ddp>(alone);
@@ -67,8 +72,8 @@ void save_and_load(C& world, std::string const& directory) {
   CHECK(trained.losses == reference_losses);
   CHECK(trained.losses[0] != trained.losses[1]);
   StatefulObject object{17};
-  std::string const place = directory + "/ckpt";
-  dcp::save<SafeTensors>(world, place, {{"model", model}, {"optimizer", optimizer}, {"s", object}, {"train_state", trained}});
+  TrainState const saved = trained;
+  std::string const place = save({{"model", model}, {"optimizer", optimizer}, {"s", object}, {"train_state", trained}}, [&] { trained.record(train(world, model, optimizer, 1)); });
 
   auto loaded = dummy<Strategy>(world, 1);
   Adam<Strategy> loaded_optimizer{world, loaded, 0.2f};
@@ -78,7 +83,7 @@ void save_and_load(C& world, std::string const& directory) {
   dcp::load<SafeTensors>(world, place, {{"model", loaded}, {"optimizer", loaded_optimizer}, {"s", loaded_object}, {"train_state", loaded_state}});
 
   CHECK(loaded_object.data == object.data);
-  CHECK(loaded_state == trained);
+  CHECK(loaded_state == saved);
   CHECK(loaded_state.step == 2);
   CHECK(loaded_state.losses == reference_losses);
   CHECK(loaded.gather(world) == reference.gather(alone));
@@ -100,6 +105,36 @@ void save_and_load(C& world, std::string const& directory) {
   CHECK(loaded.gather(world) == reference.gather(alone));
 }
 
+template <class Strategy, class C>
+void save_and_load(C& world, std::string const& directory) {
+  save_and_load<Strategy>(world, [&](StateDict const& state, auto) {
+    dcp::save<SafeTensors>(world, directory + "/ckpt", state);
+    return directory + "/ckpt";
+  });
+}
+
+// A save in the background, by T and `executor`; `cached`: with the staging memory of an earlier one.
+template <class T, class C>
+void async_cached(C& world, std::string const& directory, bool cached, Executor executor) {
+  CheckpointManager<SafeTensors, T> manager{world, directory, {.save = {.executor = executor, .saver_program = DCP_SAVER_PROGRAM}}};
+  save_and_load<Fsdp>(world, [&](StateDict const& state, auto train_on) {
+    std::vector<std::int64_t> earlier;
+    if (cached) earlier = manager.save(1, state).saver_processes;
+    Pending pending = manager.async_save(2, state);
+    pending.wait_staged();
+    train_on();
+    Report const report = pending.wait();
+    CHECK(report.pool_reused == cached);
+    CHECK(report.plan_reused == cached);
+    CHECK(report.deferred == (T::name == "deferred"));
+    CHECK(report.stager == T::name);
+    CHECK(report.saver_processes.size() == (executor == Executor::process ? static_cast<std::size_t>(world.size()) : 0u));
+    for (auto const process : report.saver_processes) CHECK(process != static_cast<std::int64_t>(::getpid()));
+    if (cached) CHECK(report.saver_processes == earlier);   // the same process serves
+    return directory + "/step-00000002";
+  });
+}
+
 // Upstream, after two steps, save, and load into new objects: the Stateful object equal; step, current_loss and losses equal; the loss of
 // one more step equal on reference and loaded model; the gathered model equal to the reference; the optimizer state equal to it as well.
 TEST_CASE("test_e2e: FSDP, a training of four ranks goes on from a checkpoint as one process alone does") {
@@ -112,6 +147,45 @@ TEST_CASE("test_e2e: HSDP, a training of four ranks goes on from a checkpoint as
 // The same asserts.
 TEST_CASE("test_e2e: DDP, a training of four ranks goes on from a checkpoint as one process alone does") {
   on_ranks(4, [](auto& world, std::string const& directory) { save_and_load<Ddp>(world, directory); });
+}
+
+// The same asserts with FSDP and async_save, for (cache, executor, zero-overhead copy); upstream polls the future, here training goes on meanwhile. That each
+// mechanism ran is in the report.
+TEST_CASE("test_e2e_async_cached: (False, THREAD, False), staging memory of its own, threads, the copy inside the call") {
+  on_ranks(4, [](auto& world, std::string const& directory) { async_cached<CopyStager>(world, directory, false, Executor::thread); });
+}
+TEST_CASE("test_e2e_async_cached: (True, THREAD, False), staging memory used again, threads, the copy inside the call") {
+  on_ranks(4, [](auto& world, std::string const& directory) { async_cached<CopyStager>(world, directory, true, Executor::thread); });
+}
+TEST_CASE("test_e2e_async_cached: (False, PROCESS, False), staging memory of its own, another process, the copy inside the call") {
+  on_ranks(4, [](auto& world, std::string const& directory) { async_cached<CopyStager>(world, directory, false, Executor::process); });
+}
+TEST_CASE("test_e2e_async_cached: (True, PROCESS, False), staging memory used again, another process, the copy inside the call") {
+  on_ranks(4, [](auto& world, std::string const& directory) { async_cached<CopyStager>(world, directory, true, Executor::process); });
+}
+TEST_CASE("test_e2e_async_cached: (False, PROCESS, True), staging memory of its own, another process, the copy behind the call") {
+  on_ranks(4, [](auto& world, std::string const& directory) { async_cached<BasicDeferredStager<true>>(world, directory, false, Executor::process); });
+}
+TEST_CASE("test_e2e_async_cached: (False, THREAD, True), staging memory of its own, threads, the copy behind the call") {
+  on_ranks(4, [](auto& world, std::string const& directory) { async_cached<BasicDeferredStager<true>>(world, directory, false, Executor::thread); });
+}
+
+// Upstream: async_save({}) of ranks without a CPU backend is an AssertionError "A CPU backend must be enabled for async save;". What stages here is host
+// memory.
+TEST_CASE("test_no_cpu: async_save with nothing that can stage it says what to enable, on all ranks, and nothing is on disk") {
+  on_ranks(4, [](auto& world, std::string const& directory) {
+    StatefulObject object{17};
+    for (StateDict const& state : {StateDict{}, StateDict{{"s", object}}}) {
+      try {
+        static_cast<void>(async_save<SafeTensors>(world, directory + "/ckpt", state, {.staging_bytes = 0}));
+        FAIL("it was begun");
+      } catch (Error const& error) {
+        CHECK(error.code() == ErrorCode::unsupported);
+        CHECK(std::string{error.what()}.find("enable it with staging_bytes") != std::string::npos);
+      }
+    }
+    CHECK(std::filesystem::is_empty(directory));
+  });
 }
 
 /// Upstream's Foo with an empty state, which is told of a load and must not be assigned to.

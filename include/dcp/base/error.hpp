@@ -58,6 +58,7 @@ enum class ErrorCode : std::uint8_t {
   limit,
   busy,               // a save is still under way
   cancelled,          // by its own program
+  changed,            // memory that was to stay as it was while it was copied
 };
 
 inline constexpr std::array error_code_names{
@@ -65,8 +66,9 @@ inline constexpr std::array error_code_names{
     "timeout",         "ranks_disagree",   "missing_entry",  "unexpected_entry", "shape_mismatch",    "dtype_mismatch", "kind_mismatch", "duplicate_entry",
     "overlapping_memory", "incomplete",    "corrupt",        "budget",          "truncated",          "bad_header_length", "bad_utf8", "bad_json",
     "bad_schema",      "bad_version",      "duplicate_key",  "unsupported_dtype", "overflow",         "bad_offsets",   "size_mismatch", "misaligned",
-    "trailing_data",   "unsafe_path",      "missing_file",   "missing_tensor",  "index_mismatch",     "limit",         "busy",       "cancelled"};
-static_assert(error_code_names.size() == static_cast<std::size_t>(ErrorCode::cancelled) + 1);
+    "trailing_data",   "unsafe_path",      "missing_file",   "missing_tensor",  "index_mismatch",     "limit",         "busy",       "cancelled",
+    "changed"};
+static_assert(error_code_names.size() == static_cast<std::size_t>(ErrorCode::changed) + 1);
 
 inline std::string_view to_string(ErrorCode code) { return error_code_names[static_cast<std::size_t>(code)]; }
 
@@ -136,7 +138,7 @@ class Error : public std::exception {
   static Error decode(ConstByteSpan bytes) {
     ByteReader in{bytes};
     auto const code = in.number<ErrorCode>();
-    Error error{code <= ErrorCode::cancelled ? code : ErrorCode::unknown, in.text()};
+    Error error{static_cast<std::size_t>(code) < error_code_names.size() ? code : ErrorCode::unknown, in.text()};
     State& s = *error.state_;
     s.rank = in.number<int>(), s.ranks = in.number<int>(), s.rank_note = in.text(), s.phase = in.text(), s.path = in.text();
     s.begin = in.number<std::uint64_t>(), s.end = in.number<std::uint64_t>(), s.system_error = in.number<int>(), s.hint = in.text();

@@ -3,21 +3,21 @@
 // async_save: the call copies the state into staging memory and returns; everything else happens behind the program.
 //
 //   in the call   ranks agree and plan as in a save; bytes of blocks that another rank owns go to their owner; what this rank will write is
-//                 gathered into staging memory as it will lie in the files
+//                 gathered into staging memory as it will lie in the files (a deferred stager does that behind the call, and exchanges in
+//                 wait_staged())
 //   behind it     rank 0 makes the attempt; every rank writes, syncs and tells so in the attempt; rank 0 commits and publishes; the others
 //                 see the outcome there. No communicator is used: the program's own collectives are never mixed with ours
 //   in wait()     ranks tell each other how it ended
 
 #include <dcp/base/config.hpp>
 #include <dcp/checkpoint/background.hpp>
-#include <dcp/checkpoint/exchange.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/plan_cache.hpp>
 #include <dcp/checkpoint/report.hpp>
 #include <dcp/checkpoint/save.hpp>
+#include <dcp/checkpoint/stager.hpp>
+#include <dcp/checkpoint/staging.hpp>
 #include <dcp/io/background_threads.hpp>
-#include <dcp/io/staging_pool.hpp>
-#include <dcp/io/workers.hpp>
 
 #include <algorithm>
 #include <array>
@@ -66,101 +66,50 @@ struct ErrorHook {
   }
 };
 
-/// What saves of one rank in the background use again: staging memory, and the threads that copy into it.
-template <class = Deferred>
-struct Stage {
-  explicit Stage(std::uint64_t staging_bytes, int threads) : pool{std::make_shared<StagingPool<>>(staging_bytes)}, workers{static_cast<std::size_t>(threads)} {}
-  std::shared_ptr<StagingPool<>> pool;
-  Workers<> workers;
-
-  static constexpr std::uint64_t piece_bytes = 4 * chunk_bytes;
-};
-
-template <class = Deferred>
-void check_staging(std::uint64_t bytes) {
-  if (bytes < least_memory_bytes) throw Error{ErrorCode::budget, "staging memory of " + std::to_string(bytes) + " bytes; at least " + std::to_string(least_memory_bytes) + " are needed"};
-}
-
-/// Stages that bare calls of async_save have used, for the next ones.
-template <class = Deferred>
-class Stages {
- public:
-  static std::shared_ptr<Stage<>> take(std::uint64_t staging_bytes) {
-    check_staging(staging_bytes);
-    auto& all = instance();
-    std::lock_guard const lock{all.mutex_};
-    for (auto const& stage : all.stages_)
-      if (stage.use_count() == 1 && stage->pool.use_count() == 1 && stage->pool->capacity() == round_up(staging_bytes, StagingPool<>::page_bytes)) return stage;
-    return all.stages_.emplace_back(std::make_shared<Stage<>>(staging_bytes, copy_threads()));
-  }
-  static int copy_threads() { return std::clamp(static_cast<int>(std::thread::hardware_concurrency()) / 2, 1, 4); }
-
- private:
-  static Stages& instance() {
-    static auto* const one = new Stages;
-    return *one;
-  }
-  std::mutex mutex_;
-  std::vector<std::shared_ptr<Stage<>>> stages_;
-};
-
-/// Sink of the exchange that gathers into staging memory.
-template <class = Deferred>
-class StagingSink {
- public:
-  StagingSink(CommRef comm, SavePlan const& plan, Stage<>& stage, BackgroundSave<>& save) : comm_{comm}, plan_{plan}, stage_{stage}, save_{save} {}
-  StagingSink(StagingSink const&) = delete;
-
-  void direct(std::uint32_t f, FileRange range) {
-    for_each_piece(range, Stage<>::piece_bytes, [&](std::uint64_t at, std::uint64_t end) {
-      stage_.workers.submit([this, f, at, end](std::size_t) {
-        Staged memory = stage_.pool->take(end - at, [] {});
-        std::uint64_t const held = plan_.gather(f, at, end, memory.bytes.data());
-        if (held != end - at) throw Error{ErrorCode::incomplete, "this rank holds " + std::to_string(held) + " of " + std::to_string(end - at) + " bytes that it is to write"}.with_path(plan_.files()[f].path).with_range(at, end);
-        save_.stage(f, at, std::move(memory));
-      });
-    });
-  }
-  std::uint64_t most_bytes() const { return Stage<>::piece_bytes; }
-  Staged segment(std::uint64_t bytes) {
-    return stage_.pool->take(bytes, [&] { comm_.progress(); });
-  }
-  void end_of_round() const {}
-  void ready(std::uint32_t f, FileRange range, Staged memory) { save_.stage(f, range.begin, std::move(memory)); }
-
-  void finish() {
-    stage_.workers.finish([&] { comm_.progress(); });
-    finished_ = true;
-  }
-  // Its jobs use what is about to go.
-  ~StagingSink() {
-    if (finished_) return;
-    try {
-      stage_.pool->stop(std::make_exception_ptr(Error{ErrorCode::cancelled, "the save has failed"}));
-      stage_.workers.finish([] {});
-    } catch (...) {
-      // What failed is on its way to the caller.
-    }
-  }
-
- private:
-  CommRef comm_;
-  SavePlan const& plan_;
-  Stage<>& stage_;
-  BackgroundSave<>& save_;
-  bool finished_ = false;
-};
-
 /// A save in the background, and what the call that began it knows of it.
 template <class = Deferred>
 struct PendingSave {
   CommRef comm;
-  std::shared_ptr<Stage<>> stage;
-  std::shared_ptr<BackgroundSave<>> save;
-  Report report;                        // what is known when the call returns, on this rank
-  Stopwatch watch;                      // of the call
+  std::shared_ptr<BackgroundSave<>> save;   // none of a save that was skipped
+  Report report;                            // what is known when the call returns, on this rank
+  Stopwatch watch;                          // of the caller's thread
   bool waited = false;
   std::exception_ptr failure;
+  StagerRef stager{};
+  std::unique_ptr<Staging<>> staging{};     // until the copy is made
+
+  /// The rest of the staging. Collective if the stager has left something to be done. Throws the same Error on all ranks.
+  void wait_staged() {
+    if (!staging) return;
+    auto const begun = Stopwatch::clock::now();
+    try {
+      if (!staging->finished()) stager.finish(*staging);
+      settle_staging();
+    } catch (...) {
+      staging_failed(std::current_exception());
+      throw;
+    }
+    report.wait_staged_seconds = std::chrono::duration<double>(Stopwatch::clock::now() - begun).count();
+    watch.leave();
+  }
+  /// What the stager was to do is done.
+  void settle_staging() {
+    if (!staging->exchanged()) throw Error{ErrorCode::invalid_argument, "the stager \"" + std::string{stager.name} + "\" has left out the exchange"};
+    if (stager.guarded) agree(comm, "save: stage", [&] { staging->unchanged(); });
+    if (!staging->finished()) return;   // a stager that leaves the copies to themselves
+    save->wait_for_hand_over();
+    staging.reset();
+    save->staged_event();
+  }
+  void staging_failed(std::exception_ptr const& why) {
+    save->staging_ended(why);
+    staging.reset();
+  }
+  /// Of a Pending that is dropped. What has not been copied will not be: the memory may be gone next.
+  void drop_staging() {
+    if (!staging || staging->complete()) return;
+    staging_failed(std::make_exception_ptr(Error{ErrorCode::cancelled, "the Pending of a save with the stager \"" + std::string{stager.name} + "\" was dropped before wait_staged()"}));
+  }
 
   /// Collective. Throws the same Error on all ranks.
   Report wait() {
@@ -170,6 +119,13 @@ struct PendingSave {
   /// The same, but false on all ranks once it is later than `until` on any.
   bool wait_until(Stopwatch::clock::time_point until) {
     if (!waited) {
+      if (staging) {
+        try {
+          wait_staged();
+        } catch (...) {
+          // The save ends with that.
+        }
+      }
       if (!rounds(until)) return false;
       waited = true;
       try {
@@ -177,6 +133,7 @@ struct PendingSave {
       } catch (...) {
         failure = std::current_exception();
       }
+      staging.reset();
     }
     if (failure) std::rethrow_exception(failure);
     return true;
@@ -237,8 +194,11 @@ struct PendingSave {
     }
     report.warnings = save->warnings();
     report.stall_seconds = std::ranges::max(all_gather_value(comm, report.stall_seconds));
-    report.staged_bytes = all_reduce_sum(comm, report.staged_bytes);
-    report.streamed = all_reduce_max(comm, report.streamed ? 1 : 0) != 0;
+    report.wait_staged_seconds = std::ranges::max(all_gather_value(comm, report.wait_staged_seconds));
+    report.staged_bytes = all_reduce_sum(comm, save->staged_bytes());
+    report.streamed = all_reduce_max(comm, save->streamed() ? 1 : 0) != 0;
+    report.saver_processes = all_gather_value(comm, save->saver_process());
+    std::erase(report.saver_processes, 0);
     watch.collect(comm, report);
     save->watch().collect(comm, report);
   }
@@ -276,12 +236,20 @@ std::pair<std::shared_ptr<PlannedSave>, bool> agree_or_reuse(CommRef comm, AnySt
   return {std::move(planned), false};
 }
 
+/// Where a save goes, for callers that have looked: resolved, in a directory that is there.
+struct KnownPlace {
+  std::string path;
+  std::uint64_t block_bytes;   // of the medium there
+};
+
 /// What the caller's thread does. Collective.
 ///
+/// `known`   on all ranks: the call then asks the medium nothing, and cannot be held up by it; whether something is in the place is found out behind it
 /// `commit`  on rank 0: of its record `run` and the least sequence, and what is to be done when the checkpoint is in its place
 template <class = Deferred>
-std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storage, PlaceRef const& place, StateDict const& state, SaveSettings const& settings, std::shared_ptr<Stage<>> stage, CommitWork commit = {}, SaveEventCallback events = {}, PlanCache<>* cache = nullptr) {
-  auto pending = std::make_shared<PendingSave<>>(PendingSave<>{comm, std::move(stage), nullptr, {}, {}, false, nullptr});
+std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storage, PlaceRef const& place, StateDict const& state, SaveSettings const& settings, StagerRef stager, std::shared_ptr<Stage<>> const& stage, CommitWork commit = {},
+                                          SaveEventCallback events = {}, PlanCache<>* cache = nullptr, KnownPlace const* known = nullptr) {
+  auto pending = std::make_shared<PendingSave<>>(PendingSave<>{comm, nullptr, {}, {}, false, nullptr, stager, nullptr});
   Stopwatch& watch = pending->watch;
   auto const begun = Stopwatch::clock::now();
   AnyMedium& medium = *place.medium;
@@ -299,12 +267,20 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
   std::string resolved;
   Opened opened = agree(comm, "save: attempt", [&] {
     Opened result;
+    if (settings.executor == Executor::process && !medium.local_files()) {
+      Error error{ErrorCode::unsupported, "the executor is a process, which can write local files only, and this place is none"};
+      throw error.with_path(place.path).with_hint("use Executor::thread");
+    }
     if (comm.rank() != 0) return result;
-    resolved = medium.resolve_place(place.path);
-    if (settings.if_exists == IfExists::fail && look_at(medium, resolved).kind != Occupant::Kind::nothing) throw already_there(resolved);
-    std::string const parent = split_path(resolved).first;
-    medium.create_directories(parent);
-    result.block_bytes = medium.block_bytes(parent);
+    if (known != nullptr) {
+      result.block_bytes = known->block_bytes;
+    } else {
+      resolved = medium.resolve_place(place.path);
+      if (settings.if_exists == IfExists::fail && look_at(medium, resolved).kind != Occupant::Kind::nothing) throw already_there(resolved);
+      std::string const parent = split_path(resolved).first;
+      medium.create_directories(parent);
+      result.block_bytes = medium.block_bytes(parent);
+    }
     auto const id = random_id();
     std::copy_n(id.begin(), 16, result.id.begin());
     commit.extra = storage.extra_files();
@@ -315,18 +291,17 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
     return result;
   });
   opened = broadcast_value(comm, opened, 0);
-  Bytes text;
-  append(text, as_byte_span(resolved));
-  broadcast_bytes(comm, text, 0);
   pending->report.operation = "save";
-  pending->report.place = as_text(text);
+  pending->report.place = known != nullptr ? known->path : broadcast_text(comm, std::move(resolved), 0);
   pending->report.id = std::string{opened.id.begin(), opened.id.end()};
 
   watch.enter("plan");
-  StagingPool<>& pool = *pending->stage->pool;
-  pool.start();
+  stage->pool->start();
+  pending->report.stager = stager.name;
+  pending->report.pool_reused = std::exchange(stage->used, true);
   auto const writes = agree(comm, "save: plan", [&] {
-    typename BackgroundSave<>::Job job;
+    stage->prepare(settings.saver_program);
+    SaveJob job;
     job.medium = place.medium;
     job.place = pending->report.place, job.id = pending->report.id;
     job.rank = comm.rank(), job.ranks = comm.size();
@@ -334,7 +309,8 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
     job.block_bytes = opened.block_bytes;
     job.settings = settings;
     job.settings.progress = {};
-    job.pool = pending->stage->pool;
+    job.pool = stage->pool;
+    job.saver = stage->saver;
     job.commit = std::move(commit);
     job.events = events;
     auto const make = [&](PlannedSave const& of) { return of.plan->writes(of.agreed, comm.rank(), comm.size(), {opened.block_bytes, settings.writers_per_file}); };
@@ -350,27 +326,23 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
       BackgroundThreads<>::instance().run([save = pending->save] { save->run(); });
       begun_behind = true;
     });
-    StagingSink<> sink{comm, *writes, *pending->stage, save};
-    // What a round holds must leave room for what is on its way to the storage.
-    std::uint64_t const round = std::min(Budget::of(settings.memory_bytes, settings.threads).round_bytes, round_down(pool.capacity() / 4, Stage<>::piece_bytes));
-    Exchange<StagingSink<>>{comm, *writes, round, watch, sink}.run();
-    watch.enter("stage");
-    agree(comm, "save: stage", [&] { sink.finish(); });
-    watch.here().bytes += save.staged_bytes();
+    agree(comm, "save: stage", [&] {
+      pending->staging = std::make_unique<Staging<>>(comm, planned, writes, stage, pending->save, settings, watch);
+      if (stager.guarded) pending->staging->remember();
+    });
+    stager.begin(*pending->staging);
+    pending->report.deferred = !pending->staging->finished();
+    if (!pending->report.deferred) pending->settle_staging();
   } catch (...) {
     auto const failure = std::current_exception();
     save.observe();
-    save.staging_ended(failure);
+    pending->staging_failed(failure);
     // Its wreck goes at once, if that does not take long; else with the next save.
     if (begun_behind && save.wait_for(std::chrono::seconds{5})) save.forget_attempt();
     std::rethrow_exception(failure);
   }
-  save.staging_ended();
   watch.leave();
   pending->report.stall_seconds = std::chrono::duration<double>(Stopwatch::clock::now() - begun).count();
-  pending->report.staged_bytes = save.staged_bytes();
-  pending->report.streamed = pending->report.staged_bytes > pool.capacity();
-  save.staged_event();
   return pending;
 }
 
@@ -379,7 +351,7 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
 /// A save that is under way behind the program. Move-only. It must not outlive the communicator that the save was begun with.
 ///
 /// Dropped   without wait(), the save goes on, and a failure of it is not lost: the next save or wait of its manager throws it, or the hook of
-///           set_background_error_hook is called
+///           set_background_error_hook is called. Dropped before the copy was made (DeferredStager), the save fails: the memory may be gone next
 /// Example   dcp::Pending pending = dcp::async_save<dcp::SafeTensors>(world, "ckpt", state);
 ///           train();                       // may change the state
 ///           dcp::Report report = pending.wait();
@@ -393,13 +365,16 @@ class [[nodiscard]] BasicPending {
     return *this;
   }
   ~BasicPending() {
-    if (save_ && save_->save && !save_->waited && lost_) save_->save->drop(lost_);
+    if (!save_ || !save_->save) return;
+    save_->drop_staging();
+    if (!save_->waited && lost_) save_->save->drop(lost_);
   }
 
   /// Until the checkpoint is complete and in its place. Collective. Throws on all ranks what any rank threw, every time it is called.
   Report wait() { return here().wait(); }
-  /// Until the memory of the state may be changed: at once, as the call has copied it. Local.
-  void wait_staged() { static_cast<void>(here()); }
+  /// Until the memory of the state may be changed. Local and at once if the call has copied it, as with CopyStager; else collective: throws on all ranks what
+  /// any rank threw, and so does wait() then.
+  void wait_staged() { here().wait_staged(); }
   /// Whether this rank's part has ended within `time`, well or not. Local.
   template <class Rep, class Period>
   bool wait_for(std::chrono::duration<Rep, Period> time) const {
@@ -433,19 +408,21 @@ void set_background_error_hook(std::function<void(Error const&)> hook) {
   here.hook = std::move(hook);
 }
 
-/// Saves `state` as save() does, and byte for byte the same, but returns when the state has been copied. Collective. `comm` is used in this call and
-/// in Pending::wait() only.
+/// Saves `state` as save() does, and byte for byte the same, but returns when the state has been copied. Collective. `comm` is used in this call, in
+/// Pending::wait_staged() and in Pending::wait() only.
 ///
+/// T         when the copy is made: inside the call (CopyStager), or behind it (DeferredStager)
 /// Memory    options.staging_bytes of address space on each rank, of which only the rank's part of the state is touched; kept for later saves of
 ///           this process. Of a larger part the call returns when the last of it has been copied, and Report::streamed says so
 /// Throws    Error on all ranks if any rank failed before the copy was made; what fails later is thrown by wait()
 /// Example   see Pending
-template <class S, class C>
+template <class S, class T = CopyStager, class C>
 Pending async_save(C& comm, place_of<S> const& place, StateDict const& state, SaveOptions<S> const& options = {}) {
   [[maybe_unused]] detail::verb_arguments<S, C> check;
-  if constexpr (Storage<S> && Communicator<C>) {
-    auto stage = agree(comm, "save: stage", [&] { return detail::Stages<>::take(options.staging_bytes); });
-    return {detail::begin_save(CommRef{comm}, *S::open(options.storage), S::locate(place), state, detail::settings_of(options), std::move(stage)), [](Error const& error) { detail::ErrorHook<>::instance()(error); }};
+  [[maybe_unused]] detail::a_stager<T> stager_check;
+  if constexpr (Storage<S> && Communicator<C> && Stager<T>) {
+    auto const stage = agree(comm, "save: stage", [&] { return detail::Stages<>::take(options.staging_bytes, options.executor); });
+    return {detail::begin_save(CommRef{comm}, *S::open(options.storage), S::locate(place), state, detail::settings_of(options), detail::StagerRef::of<T>(), stage), [](Error const& error) { detail::ErrorHook<>::instance()(error); }};
   } else {
     return {nullptr, {}};
   }

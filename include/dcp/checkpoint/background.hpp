@@ -9,7 +9,12 @@
 #include <dcp/checkpoint/place.hpp>
 #include <dcp/checkpoint/rendezvous.hpp>
 #include <dcp/checkpoint/report.hpp>
+#include <dcp/checkpoint/run.hpp>
 #include <dcp/checkpoint/save.hpp>
+#include <dcp/checkpoint/save_job.hpp>
+#include <dcp/checkpoint/saver.hpp>
+#include <dcp/io/file.hpp>
+#include <dcp/io/io_priority.hpp>
 #include <dcp/io/staging_pool.hpp>
 #include <dcp/media/medium.hpp>
 
@@ -19,6 +24,7 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -26,46 +32,24 @@
 #include <utility>
 #include <vector>
 
-namespace dcp {
+#include <sys/eventfd.h>
+#include <unistd.h>
 
-/// What a save in the background has reached.
-struct SaveEvent {
-  enum class Kind : std::uint8_t { staged, written, committed, failed, retired } kind;
-  std::string place;      // of the checkpoint
-  std::int64_t step = -1; // of a manager's
-  std::string error;      // of `failed`
-};
-/// Called on a thread of the library; `committed` and `retired` on rank 0 only.
-using SaveEventCallback = std::function<void(SaveEvent const&)>;
-
-namespace detail {
-
-/// What rank 0 needs besides for the commit.
-struct CommitWork {
-  CommitRecord record;
-  std::vector<std::pair<std::string, Value>> values;
-  std::vector<std::pair<std::string, Bytes>> extra;
-  std::function<void()> after;   // once the checkpoint is in its place; a failure of it is a warning
-};
+namespace dcp::detail {
 
 template <class = Deferred>
 class BackgroundSave {
  public:
-  struct Job {
-    std::shared_ptr<AnyMedium> medium;
-    std::string place, id;                          // resolved; of the attempt
-    int rank = 0, ranks = 1;
-    std::shared_ptr<FilePlan const> files;
-    std::vector<std::uint32_t> empty_files;         // that this rank is to create
-    std::uint64_t block_bytes = 4096;
-    SaveSettings settings;
-    std::shared_ptr<StagingPool<>> pool;
-    CommitWork commit;                              // on rank 0
-    SaveEventCallback events;
-  };
   enum class State : std::uint8_t { running, saved, failed };
 
-  explicit BackgroundSave(Job job) : job_{std::move(job)}, step_{job_.commit.record.run.step} {}
+  explicit BackgroundSave(SaveJob job) : job_{std::move(job)}, step_{job_.commit.record.run.step}, pool_bytes_{job_.pool ? job_.pool->capacity() : 0} {
+    if (job_.saver && (wake_ = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0) throw system_failure(errno, "no descriptor to wake a thread with", "");
+  }
+  BackgroundSave(BackgroundSave const&) = delete;
+  BackgroundSave& operator=(BackgroundSave const&) = delete;
+  ~BackgroundSave() {
+    if (wake_ >= 0) ::close(wake_);
+  }
 
   // Of the caller.
   /// A piece of a file that is to be written, from any thread.
@@ -76,21 +60,22 @@ class BackgroundSave {
       if (closed_) return;   // it has failed, and writes nothing any more
       pieces_.push_back({f, position, std::move(memory)});
     }
-    news_.notify_all();
+    wake();
   }
-  /// There will be no more pieces. `failure`: because staging failed.
+  /// There will be no more pieces. `failure`: because staging failed, so that the save ends wherever it is; the first one counts.
   void staging_ended(std::exception_ptr failure = nullptr) {
+    if (failure) interruption_.interrupt(Interruption::Why::followed);
     {
       std::lock_guard const lock{mutex_};
       staged_ = true;
-      staging_failure_ = std::move(failure);
+      if (!staging_failure_) staging_failure_ = std::move(failure);
     }
-    news_.notify_all();
+    wake();
   }
   /// Ends it as soon as it can, unless it is committed already. Local.
   void interrupt(Interruption::Why why) {
     interruption_.interrupt(why);
-    news_.notify_all();
+    wake();
   }
   /// Whether it was ended because of what another rank did.
   bool was_followed() const { return interruption_.why() == Interruption::Why::followed || interruption_.why() == Interruption::Why::settled; }
@@ -105,6 +90,13 @@ class BackgroundSave {
     std::unique_lock lock{mutex_};
     return ended_.wait_for(lock, time, [&] { return state_ != State::running; });
   }
+  /// Until nothing of it depends on this process any more, or it has ended: at once, but for a save by another process. Local.
+  template <class = Deferred>
+  void wait_for_hand_over() const {
+    if (!job_.saver) return;
+    std::unique_lock lock{mutex_};
+    ended_.wait(lock, [&] { return handed_over_ || state_ != State::running; });
+  }
   /// After it ended: what stopped it, nothing if it was saved.
   template <class = Deferred>
   std::exception_ptr failure() const {
@@ -113,6 +105,12 @@ class BackgroundSave {
   }
   /// After it ended. What is left of a failed attempt goes, now that everyone knows.
   void forget_attempt() {
+    if (job_.saver) {
+      bool forgotten = false;
+      job_.saver->say(SaverWord::forget);
+      for (auto const until = Stopwatch::clock::now() + std::chrono::seconds{5}; !forgotten && Stopwatch::clock::now() < until;)
+        if (!job_.saver->listen(-1, std::chrono::milliseconds{100}, [&](SaverWord word, ConstByteSpan) { forgotten = forgotten || word == SaverWord::forgotten; })) break;
+    }
     if (attempt_) attempt_->abandon();
     attempt_.reset();
   }
@@ -123,11 +121,15 @@ class BackgroundSave {
     std::lock_guard const lock{mutex_};
     return staged_bytes_;
   }
+  /// Whether the copy was larger than the staging memory.
+  bool streamed() const { return staged_bytes() > pool_bytes_; }
+  /// The process that does it; 0 for this one.
+  std::int64_t saver_process() const { return job_.saver ? job_.saver->pid() : 0; }
   Stopwatch& watch() { return watch_; }                      // after it ended
   std::vector<std::string> const& warnings() const { return warnings_; }
   std::chrono::milliseconds deadline() const { return job_.settings.deadline; }
   /// The state has been copied.
-  void staged_event() { event(SaveEvent::Kind::staged, nullptr); }
+  void staged_event() { event(own_event(SaveEvent::Kind::staged)); }
 
   /// Somebody has learnt of a failure, or will.
   void observe() {
@@ -150,28 +152,23 @@ class BackgroundSave {
   void run() noexcept {
     std::exception_ptr failure;
     try {
-      Rendezvous<> meeting{*job_.medium, job_.place, job_.id, job_.rank, job_.ranks, job_.settings.deadline, interruption_};
-      try {
-        save(meeting);
-      } catch (...) {
-        failure = std::current_exception();
-        job_.pool->stop(failure);   // who stages for this save need not wait for room
-        Error const error = current_error().with_rank(job_.rank, job_.ranks).with_phase("save: " + watch_.phase());
-        if (job_.rank != 0) meeting.tell_failed(error);
-        else if (attempt_ && job_.ranks > 1) attempt_->leave_word(std::string{failed_name}, error.encode());
-        else if (attempt_) attempt_->abandon();
-        failure = std::make_exception_ptr(error);
-      }
+      if (job_.saver) save_elsewhere(*job_.saver);
+      else save_here();
     } catch (...) {
       failure = std::current_exception();
+      stop_pool(failure);
     }
     {
       std::lock_guard const lock{mutex_};
       closed_ = true;
       pieces_.clear(), next_ = 0;
+      if (failure && staging_failure_ && error_of(failure).code() == ErrorCode::cancelled) failure = staging_failure_;
     }
+    job_.pool.reset();
     watch_.leave();
-    event(failure ? SaveEvent::Kind::failed : SaveEvent::Kind::committed, failure);
+    SaveEvent ended = own_event(failure ? SaveEvent::Kind::failed : SaveEvent::Kind::committed);
+    if (failure) ended.error = error_of(failure).what();
+    event(std::move(ended));
     std::function<void(Error const&)> lost;
     {
       std::lock_guard const lock{mutex_};
@@ -189,6 +186,88 @@ class BackgroundSave {
     std::uint64_t position;
     Staged memory;
   };
+
+  // Who stages for this save need not wait for room any more.
+  void stop_pool(std::exception_ptr const& failure) const {
+    if (job_.pool) job_.pool->stop(failure);
+  }
+  void wake() {
+    news_.notify_all();
+    if (wake_ >= 0) ::eventfd_write(wake_, 1);
+  }
+
+  void save_here() {
+    LowIoPriority<> const priority{job_.settings.low_io_priority};
+    Rendezvous<> meeting{*job_.medium, job_.place, job_.id, job_.rank, job_.ranks, job_.settings.deadline, interruption_};
+    try {
+      save(meeting);
+    } catch (...) {
+      stop_pool(std::current_exception());
+      Error const error = current_error().with_rank(job_.rank, job_.ranks).with_phase("save: " + watch_.phase());
+      if (job_.rank != 0) meeting.tell_failed(error);
+      else if (attempt_ && job_.ranks > 1) attempt_->leave_word(std::string{failed_name}, error.encode());
+      else if (attempt_) attempt_->abandon();
+      throw error;
+    }
+  }
+
+  // Hands everything on, and hears how it goes.
+  void save_elsewhere(SaverProcess<>& saver) {
+    std::map<std::uint64_t, Staged> away;   // pieces whose memory the other process still needs
+    std::uint64_t next = 0;
+    bool told_staged = false, ended = false;
+    Interruption::Why told = Interruption::Why::none;
+    std::optional<Error> failure;
+    saver.say(SaverWord::save, encode(job_));
+    while (!ended) {
+      std::vector<Piece> pieces;
+      bool staged = false;
+      std::exception_ptr staging_failure;
+      {
+        std::lock_guard const lock{mutex_};
+        pieces.swap(pieces_);
+        staged = staged_, staging_failure = staging_failure_;
+      }
+      for (auto& piece : pieces) {
+        ByteWriter words;
+        std::uint64_t const offset = job_.pool->offset_of(piece.memory.bytes), size = piece.memory.bytes.size();
+        words.number(piece.file).number(piece.position).number(offset).number(size).number(next);
+        saver.say(SaverWord::piece, words.bytes());
+        away.emplace(next++, std::move(piece.memory));
+      }
+      if (staged && !std::exchange(told_staged, true)) saver.say(SaverWord::staged, staging_failure ? error_of(staging_failure).encode() : Bytes{});
+      auto const why = interruption_.settled() ? Interruption::Why::settled : interruption_.why();
+      if (std::exchange(told, why) != why) saver.say(SaverWord::interrupt, ByteWriter{}.number(why).bytes());
+      bool const there = saver.listen(wake_, std::chrono::milliseconds{100}, [&](SaverWord word, ConstByteSpan body) {
+        ByteReader in{body};
+        switch (word) {
+          case SaverWord::returned: away.erase(in.number<std::uint64_t>()), ++moves_; break;
+          case SaverWord::moved: moves_ += in.number<std::uint64_t>(); break;
+          case SaverWord::event: {
+            SaveEvent heard = decode_event(body);
+            event(heard.kind == SaveEvent::Kind::retired ? std::move(heard) : own_event(heard.kind));
+            break;
+          }
+          case SaverWord::ended:
+            ended = true;
+            if (auto const error = in.block(); !error.empty()) failure = Error::decode(error);
+            watch_.decode(in.block());
+            while (!in.done() && in.ok()) warnings_.push_back(in.text());
+            break;
+          default: break;
+        }
+      });
+      if (told_staged && !saver.has_unsent()) {
+        std::lock_guard const lock{mutex_};
+        handed_over_ = true;
+        ended_.notify_all();
+      }
+      eventfd_t woken = 0;
+      ::eventfd_read(wake_, &woken);
+      if (!there && !ended) throw Error{ErrorCode::rank_failed, "dcp-saver (process " + std::to_string(saver.pid()) + ") " + saver.end() + " before the checkpoint was complete"}.with_rank(job_.rank, job_.ranks).with_path(job_.place);
+    }
+    if (failure) throw *failure;
+  }
 
   void save(Rendezvous<>& meeting) {
     AnyMedium& medium = *job_.medium;
@@ -236,7 +315,7 @@ class BackgroundSave {
           });
       watch_.here().operations += writer.open_files();
     }
-    event(SaveEvent::Kind::written, nullptr);
+    event(own_event(SaveEvent::Kind::written));
 
     enter("meet");
     if (job_.rank != 0) meeting.tell_done(sums);
@@ -256,7 +335,8 @@ class BackgroundSave {
     }
     attempt_.reset();
     try {
-      if (job_.commit.after) job_.commit.after();
+      if (!job_.commit.root.empty())
+        for (auto const& gone : Run<>{job_.medium, job_.commit.root}.settle(job_.commit.retention)) event({SaveEvent::Kind::retired, gone.place, gone.run.step, {}});
     } catch (...) {
       warnings_.push_back("the checkpoint is in its place; what comes after that failed: " + current_error().message());
     }
@@ -286,42 +366,42 @@ class BackgroundSave {
     watch_.enter(phase);
     ++moves_;
   }
-  void event(SaveEvent::Kind kind, std::exception_ptr const& failure) noexcept {
-    if (!job_.events || (kind == SaveEvent::Kind::committed && job_.rank != 0)) return;
+  void event(SaveEvent event) noexcept {
+    if (!job_.events || (event.kind == SaveEvent::Kind::committed && job_.rank != 0)) return;
     try {
-      SaveEvent event{kind, job_.place, step_, {}};
-      try {
-        if (failure) std::rethrow_exception(failure);
-      } catch (...) {
-        event.error = current_error().what();
-      }
       job_.events(event);
     } catch (...) {
       // It is told, not asked.
     }
   }
-  static void report_lost(std::exception_ptr const& failure, std::function<void(Error const&)> const& lost) {
+  SaveEvent own_event(SaveEvent::Kind kind) const { return {kind, job_.place, step_, {}}; }
+  static Error error_of(std::exception_ptr const& failure) {
     try {
       std::rethrow_exception(failure);
     } catch (...) {
-      try {
-        lost(current_error());
-      } catch (...) {
-        // A hook that throws has nobody to throw to.
-      }
+      return current_error();
+    }
+  }
+  static void report_lost(std::exception_ptr const& failure, std::function<void(Error const&)> const& lost) {
+    try {
+      lost(error_of(failure));
+    } catch (...) {
+      // A hook that throws has nobody to throw to.
     }
   }
 
-  Job job_;
+  SaveJob job_;
   std::int64_t step_;
+  std::uint64_t pool_bytes_;
   Interruption interruption_;
+  int wake_ = -1;   // for a thread that waits for another process
   mutable std::mutex mutex_;
   mutable std::condition_variable ended_;
   std::condition_variable news_;
   std::vector<Piece> pieces_;
   std::size_t next_ = 0;
   std::uint64_t staged_bytes_ = 0;
-  bool staged_ = false, closed_ = false, observed_ = false;
+  bool staged_ = false, handed_over_ = false, closed_ = false, observed_ = false;
   std::atomic<std::uint64_t> moves_{0};
   std::exception_ptr staging_failure_;
   std::unique_ptr<Attempt<>> attempt_;
@@ -332,5 +412,4 @@ class BackgroundSave {
   std::function<void(Error const&)> lost_;
 };
 
-}  // namespace detail
-}  // namespace dcp
+}  // namespace dcp::detail

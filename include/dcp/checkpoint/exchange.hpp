@@ -7,6 +7,7 @@
 #include <dcp/base/config.hpp>
 #include <dcp/checkpoint/report.hpp>
 #include <dcp/comm/agree.hpp>
+#include <dcp/io/aligned_buffer.hpp>
 #include <dcp/io/staging_pool.hpp>
 #include <dcp/plan/save_plan.hpp>
 
@@ -31,9 +32,23 @@ void for_each_piece(FileRange range, std::uint64_t grid, Visit visit) {
   }
 }
 
+/// Visits what this rank writes without anybody's help, as Exchange gives it to its sink: visit(file, range). Local.
+template <class Visit>
+void for_each_own_range(SavePlan const& plan, std::int64_t ranks, std::uint64_t window_bytes, Visit visit) {
+  if (ranks > 1) {
+    SharedWindows const windows{plan.files(), plan.slots(), window_bytes};
+    for (std::uint64_t w = 0; w < windows.size(); ++w) {
+      auto const at = windows[w];
+      for (auto const& range : plan.window(at.file, at.range.begin, at.range.end).direct) visit(at.file, range);
+    }
+  }
+  for (std::uint32_t f = 0; f < plan.files().size(); ++f)
+    if (ranks == 1 || plan.files()[f].only_rank >= 0) visit(f, FileRange{0, plan.files()[f].size});
+}
+
 /// `Sink`:   direct(file, range)            a range of a file that this rank owns and has all bytes of, of any length
 ///           most_bytes()                   of a segment
-///           segment(bytes) -> Staged       memory to gather a segment in
+///           room(bytes) -> Staged          memory to gather the segments of a round in
 ///           end_of_round()                 before the segments of a round are handed over
 ///           ready(file, range, Staged)     a segment that is complete
 /// Throws    the same Error on all ranks, whatever fails on one of them
@@ -57,7 +72,7 @@ class Exchange {
           SavePlan::Window window = plan_.window(at.file, at.range.begin, at.range.end);
           std::uint64_t more_sent = 0, more_owned = 0;
           for (auto const& part : window.outgoing) more_sent += part.range.size();
-          for (auto const& range : window.gathered) more_owned += range.size();
+          for (auto const& range : window.gathered) more_owned += room_for(range);
           if (reach > next && (sent + more_sent > round_bytes_ || owned + more_owned > round_bytes_)) break;
           sent += more_sent, owned += more_owned;
           planned.push_back(std::move(window));
@@ -87,6 +102,9 @@ class Exchange {
     std::vector<FileRange> filled;
   };
 
+  // Segments begin at pages, which direct writes need. What is cut to most_bytes(), whole pages, takes no more.
+  static std::uint64_t room_for(FileRange range) { return round_up(range.size(), std::uint64_t{AlignedBuffer::alignment}); }
+
   void round(std::uint64_t first, std::vector<SavePlan::Window> const& windows, std::exception_ptr const& failure) {
     std::vector<Segment> segments;
     std::vector<Message> outgoing;
@@ -94,8 +112,14 @@ class Exchange {
       if (failure) std::rethrow_exception(failure);
       std::map<std::int64_t, ByteWriter> messages;
       std::map<std::int64_t, std::uint64_t> sizes;
-      for (auto const& window : windows)
+      std::uint64_t room = 0;
+      for (auto const& window : windows) {
         for (auto const& part : window.outgoing) sizes[part.owner] += part.range.size() + 24;
+        for (auto const& range : window.gathered) room += room_for(range);
+      }
+      // All of a round at once: whoever held some and waited for more could wait for ever.
+      Staged const memory = room > 0 ? sink_.room(room) : Staged{};
+      std::size_t used = 0;
       for (auto const& [owner, size] : sizes) messages[owner].reserve(size);
       for (std::size_t w = 0; w < windows.size(); ++w) {
         std::uint32_t const f = windows_[first + w].file;
@@ -107,7 +131,8 @@ class Exchange {
         for (auto const& range : windows[w].gathered) {
           for (FileRange rest = range; rest.begin < rest.end; rest.begin = segments.back().range.end) {
             FileRange const part{rest.begin, rest.begin + std::min(rest.size(), sink_.most_bytes())};
-            Segment& segment = segments.emplace_back(Segment{f, part, sink_.segment(part.size()), {}});
+            Segment& segment = segments.emplace_back(Segment{f, part, {memory.bytes.subspan(used, static_cast<std::size_t>(part.size())), memory.owner}, {}});
+            used += static_cast<std::size_t>(room_for(part));
             plan_.gather(f, part.begin, part.end, segment.memory.bytes.data());
             plan_.for_each_local_run(f, part.begin, part.end, [&](std::uint32_t, FileRange local) { segment.filled.push_back(local); });
           }

@@ -1,14 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-// CheckpointManager: the checkpoints of one training run, each in a directory of its own below a root, by step.
-//
-//   root/step-00000100        a checkpoint; which step it is of, and which came later, stands in its commit record and not in its name
-//   root/step-00000200.dcp-*  one that is being saved or removed, or the wreck of that
-//   root/latest               the name of the newest, for people and scripts. The manager itself does not read it
-//   root/dcp.pins             steps that retention leaves alone
-//
-// Order of a save: data durable, commit record, `latest`, retention. So whatever stops it, the newest checkpoint that was committed is there,
-// `latest` never names one that is not, and nothing goes before what replaces it has come.
+// CheckpointManager: saves, finds, loads and retires the checkpoints of one training run. What lies where: checkpoint/run.hpp.
 
 #include <dcp/base/config.hpp>
 #include <dcp/checkpoint/async_save.hpp>
@@ -16,7 +8,7 @@
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/place.hpp>
 #include <dcp/checkpoint/report.hpp>
-#include <dcp/formats/json_tree.hpp>
+#include <dcp/checkpoint/run.hpp>
 
 #include <algorithm>
 #include <chrono>
@@ -27,6 +19,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -38,7 +31,6 @@ enum class IfBusy : std::uint8_t {
   fail,   // Error(busy)
   skip,   // nothing is saved, and the report says so
 };
-enum class Best : std::uint8_t { lowest, highest };
 
 template <class S>
 struct ManagerOptions {
@@ -54,153 +46,18 @@ struct ManagerOptions {
   LoadOptions<S> load = {};
 };
 
-namespace detail {
-
-inline constexpr std::string_view step_prefix = "step-", latest_name = "latest", pins_name = "dcp.pins", manager_lease_name = "dcp.manager";
-
-struct Retention {
-  std::int64_t keep_last = 0, keep_every = 0, keep_best = 0;
-  Best best = Best::lowest;
-};
-
-/// The checkpoints below a root, as one rank sees them.
-template <class = Deferred>
-class Run {
- public:
-  struct Kept {
-    std::string place;      // the directory, or the one that it is on its way to
-    RecordRun run;
-    std::uint64_t sequence;
-  };
-
-  Run(std::shared_ptr<AnyMedium> medium, std::string root) : medium_{std::move(medium)}, root_{std::move(root)} {}
-
-  std::string const& root() const { return root_; }
-  AnyMedium& medium() const { return *medium_; }
-
-  std::string place_of_step(std::int64_t step) const {
-    std::string const digits = std::to_string(step);
-    return root_ + '/' + std::string{step_prefix} + std::string(digits.size() < 8 ? 8 - digits.size() : 0, '0') + digits;
-  }
-
-  /// Committed checkpoints of this manager, oldest first. One of a crash between commit and rename is among them.
-  std::vector<Kept> checkpoints() const {
-    std::vector<Kept> found;
-    for (auto const& entry : medium_->list(root_)) {
-      if (entry.kind != EntryKind::directory || !entry.name.starts_with(step_prefix)) continue;
-      std::optional<CommitRecord> record;
-      try {
-        record = read_record(*medium_, root_ + '/' + entry.name);
-      } catch (Error const& error) {
-        if (error.code() == ErrorCode::io) throw;
-        continue;   // damaged, or of a newer format: no checkpoint that could be loaded, and not ours to remove
-      }
-      if (!record || !record->committed || record->run.step < 0) continue;
-      std::string const place = root_ + '/' + entry.name.substr(0, entry.name.find(attempt_infix));
-      auto const same = std::find_if(found.begin(), found.end(), [&](Kept const& kept) { return kept.place == place; });
-      bool const aside = place.size() != root_.size() + 1 + entry.name.size();
-      if (same == found.end()) found.push_back({place, record->run, record->sequence});
-      else if (!aside || record->sequence > same->sequence) *same = {place, record->run, record->sequence};   // names sort the place itself first
-    }
-    std::stable_sort(found.begin(), found.end(), [](Kept const& a, Kept const& b) { return a.sequence < b.sequence; });
-    return found;
-  }
-
-  std::vector<std::int64_t> pins() const {
-    std::vector<std::int64_t> steps;
-    try {
-      auto const tree = JsonTree::parse(read_file(*medium_, root_ + '/' + std::string{pins_name}, 16 << 20), "the list of pinned steps");
-      for (auto const& item : tree.root().items()) steps.push_back(item.template number<std::int64_t>());
-    } catch (Error const& error) {
-      if (error.code() != ErrorCode::missing_file && error.code() != ErrorCode::not_found) throw;
-    }
-    return steps;
-  }
-  void set_pins(std::vector<std::int64_t> const& steps) const {
-    std::string text = "[";
-    for (auto const step : steps) text += (text.size() > 1 ? ", " : "") + std::to_string(step);
-    text += "]\n";
-    write_file_durably(*medium_, root_, std::string{pins_name}, as_byte_span(text));
-  }
-
-  /// Once a checkpoint is in its place: points to it, then removes what retention does not keep. Steps removed.
-  std::vector<Kept> settle(Retention const& retention) const {
-    auto const all = checkpoints();
-    if (all.empty()) return {};
-    std::string const name = split_path(all.back().place).second + '\n';
-    write_file_durably(*medium_, root_, std::string{latest_name}, as_byte_span(name));
-    std::vector<Kept> removed;
-    if (retention.keep_last <= 0) return removed;
-    auto const pinned = pins();
-    std::vector<Kept const*> measured;
-    for (auto const& one : all)
-      if (one.run.measured) measured.push_back(&one);
-    std::stable_sort(measured.begin(), measured.end(), [&](Kept const* a, Kept const* b) { return retention.best == Best::lowest ? a->run.metric < b->run.metric : a->run.metric > b->run.metric; });
-    measured.resize(std::min(measured.size(), static_cast<std::size_t>(std::max<std::int64_t>(0, retention.keep_best))));
-    for (std::size_t i = 0; i < all.size(); ++i) {
-      auto const& one = all[i];
-      bool const keep = static_cast<std::int64_t>(all.size() - i) <= retention.keep_last || (retention.keep_every > 0 && one.run.step % retention.keep_every == 0) ||
-                        std::find(measured.begin(), measured.end(), &one) != measured.end() || std::find(pinned.begin(), pinned.end(), one.run.step) != pinned.end();
-      if (keep) continue;
-      retire(one.place);
-      removed.push_back(one);
-    }
-    return removed;
-  }
-
-  /// Puts right what crashes have left, where nobody holds the lease of it: a committed checkpoint that was not renamed to its place is, and everything else of our
-  /// pattern beside a place goes.
-  void clean() const {
-    for (auto const& entry : medium_->list(root_)) {
-      auto const infix = entry.name.find(attempt_infix);
-      std::uint64_t id = 0;
-      if (entry.kind != EntryKind::directory || !entry.name.starts_with(step_prefix) || infix == std::string::npos || !parse_hex16(std::string_view{entry.name}.substr(infix + attempt_infix.size()), id)) continue;
-      std::string const path = root_ + '/' + entry.name, place = root_ + '/' + entry.name.substr(0, infix);
-      try {
-        auto const record = read_record(*medium_, path);
-        auto lease = medium_->acquire_lease(path + '/' + std::string{lease_name});
-        if (!lease) continue;
-        if (!record || !record->committed || look_at(*medium_, place).kind == Occupant::Kind::checkpoint) {
-          remove_with_record_first(*medium_, path);
-        } else if (medium_->publish_new(path, place)) {
-          medium_->sync_directory(root_);
-          lease.reset();
-          medium_->remove_file(place + '/' + std::string{lease_name});
-        }
-      } catch (Error const&) {
-        // Damaged, or somebody else's turn: no reason to fail.
-      }
-    }
-  }
-
- private:
-  // Aside first, so that what a crash leaves of it is known for what it is. A reader keeps the files that it has open, and is told that the rest is gone.
-  void retire(std::string const& place) const {
-    if (auto const record = read_record(*medium_, place)) {
-      std::string const aside = place + std::string{attempt_infix} + record->id;
-      if (medium_->publish_new(place, aside)) medium_->sync_directory(root_);
-      else remove_with_record_first(*medium_, place);
-    }
-    for (auto const& sibling : siblings_of(*medium_, place)) remove_with_record_first(*medium_, sibling.path);
-  }
-
-  std::shared_ptr<AnyMedium> medium_;
-  std::string root_;
-};
-
-}  // namespace detail
-
 /// Saves, finds, loads and retires the checkpoints of one run. One per run and root at a time: a second one is an Error(busy). Every member is collective,
 /// but those that say otherwise. `comm` must outlive it.
 ///
+/// T         when a save in the background copies: inside the call (CopyStager), or behind it (DeferredStager)
 /// Memory    one staging area, allocated once and used by all saves
 /// Failures  of a save in the background that nobody waited for are thrown by the next save, async_save, wait or flush
 /// Example   dcp::CheckpointManager<dcp::SafeTensors> checkpoints{world, "run", {.keep_last = 3, .keep_every = 1000}};
 ///           if (auto const step = checkpoints.latest()) checkpoints.load(*step, state);
 ///           for (...) { train(); auto pending = checkpoints.async_save(step, state); }
 ///           checkpoints.wait();
-template <class S>
-class CheckpointManager : detail::a_storage<S> {
+template <class S, class T = CopyStager>
+class CheckpointManager : detail::a_storage<S>, detail::a_stager<T> {
  public:
   template <class C>
   CheckpointManager(C& comm, place_of<S> const& root, ManagerOptions<S> options = {})
@@ -213,7 +70,7 @@ class CheckpointManager : detail::a_storage<S> {
       if (options_.keep_last == 0 && (options_.keep_every > 0 || options_.keep_best > 0))
         throw Error{ErrorCode::invalid_argument, "keep_every and keep_best keep what keep_last would let go; with keep_last = 0 everything is kept"};
       detail::check_staging(options_.staging_bytes);
-      stage_ = std::make_shared<detail::Stage<>>(options_.staging_bytes, detail::Stages<>::copy_threads());
+      stage_ = std::make_shared<detail::Stage<>>(options_.staging_bytes, options_.save.executor);
     });
     std::string resolved = agree(comm_, "manager", [&]() -> std::string {
       if (comm_.rank() != 0) return {};
@@ -226,13 +83,18 @@ class CheckpointManager : detail::a_storage<S> {
         throw error.with_path(here).with_hint("one manager per run: give each its own directory, or end the other one first");
       }
       detail::Run<> run{place.medium, here};
-      run.clean();
+      // A dcp-saver of a program that was killed finishes what it was given: that is the newest checkpoint then.
+      auto const until = std::chrono::steady_clock::now() + settings.deadline;
+      while (run.clean() && std::chrono::steady_clock::now() < until) {
+        comm_.progress();
+        std::this_thread::sleep_for(std::chrono::milliseconds{20});
+      }
+      block_bytes_ = place.medium->block_bytes(here);
+      for (auto const& one : run.checkpoints()) sequence_ = std::max(sequence_, one.sequence);
       return here;
     });
-    Bytes text;
-    detail::append(text, as_byte_span(resolved));
-    broadcast_bytes(comm_, text, 0);
-    run_ = std::make_shared<detail::Run<>>(place.medium, std::string{as_text(text)});
+    run_ = std::make_shared<detail::Run<>>(place.medium, broadcast_text(comm_, std::move(resolved), 0));
+    block_bytes_ = broadcast_value(comm_, block_bytes_, 0);
   }
   CheckpointManager(CheckpointManager const&) = delete;
   CheckpointManager& operator=(CheckpointManager const&) = delete;
@@ -245,30 +107,28 @@ class CheckpointManager : detail::a_storage<S> {
   Report save(std::int64_t step, StateDict const& state, std::optional<double> metric = {}) {
     return async_save(step, state, metric).wait();
   }
-  /// The same behind the program: returns when the state has been copied.
+  /// The same behind the program: returns when the state has been copied. Asks the storage nothing, so that the call is not held up by it; that the step is
+  /// there already is then an Error of wait().
   Pending async_save(std::int64_t step, StateDict const& state, std::optional<double> metric = {}) {
     if (!settle_last(options_.if_busy)) {
-      auto skipped = std::make_shared<detail::PendingSave<>>(detail::PendingSave<>{comm_, nullptr, nullptr, {}, {}, true, nullptr});
+      auto skipped = std::make_shared<detail::PendingSave<>>(detail::PendingSave<>{comm_, nullptr, {}, {}, true, nullptr});
       skipped->report.operation = "save", skipped->report.place = run_->place_of_step(step), skipped->report.ranks = comm_.size(), skipped->report.skipped = true;
       return {std::move(skipped), {}};
     }
     detail::CommitWork commit;
     agree(comm_, "save: agree", [&] {
       // A save whose storage never answered still has the memory.
-      if (last_ && last_->save->state() == detail::BackgroundSave<>::State::running) stage_ = std::make_shared<detail::Stage<>>(options_.staging_bytes, detail::Stages<>::copy_threads());
+      if (!stage_->free()) stage_ = std::make_shared<detail::Stage<>>(options_.staging_bytes, options_.save.executor);
       if (step < 0) throw Error{ErrorCode::invalid_argument, "step " + std::to_string(step)};
       if (metric && !std::isfinite(*metric)) throw Error{ErrorCode::invalid_argument, "a metric that is no finite number"};
       commit.record.run = {step, metric.has_value(), metric.value_or(0)};
       if (comm_.rank() != 0) return;
-      std::uint64_t newest = 0;
-      for (auto const& one : run_->checkpoints()) newest = std::max(newest, one.sequence);
-      commit.record.sequence = newest + 1;
-      commit.after = [run = run_, retention = detail::Retention{options_.keep_last, options_.keep_every, options_.keep_best, options_.best}, events = options_.events] {
-        for (auto const& gone : run->settle(retention))
-          if (events) events({SaveEvent::Kind::retired, gone.place, gone.run.step, {}});
-      };
+      commit.record.sequence = ++sequence_;
+      commit.root = run_->root();
+      commit.retention = {options_.keep_last, options_.keep_every, options_.keep_best, options_.best};
     });
-    last_ = detail::begin_save(comm_, *storage_, where(step), state, detail::settings_of(options_.save), stage_, std::move(commit), options_.events, &cache_);
+    detail::KnownPlace const known{run_->place_of_step(step), block_bytes_};
+    last_ = detail::begin_save(comm_, *storage_, where(step), state, detail::settings_of(options_.save), detail::StagerRef::of<T>(), stage_, std::move(commit), options_.events, &cache_, &known);
     return {last_, {}};
   }
 
@@ -351,6 +211,8 @@ class CheckpointManager : detail::a_storage<S> {
   std::unique_ptr<AnyStorage> storage_;
   std::shared_ptr<detail::Stage<>> stage_;
   std::unique_ptr<Lease> lease_;                        // on rank 0
+  std::uint64_t sequence_ = 0;                          // on rank 0: of the newest checkpoint, or attempt of one
+  std::uint64_t block_bytes_ = 0;
   std::shared_ptr<detail::Run<>> run_;
   std::shared_ptr<detail::PendingSave<>> last_;
   detail::PlanCache<> cache_;

@@ -36,6 +36,12 @@ enum class Verify : std::uint8_t {
   full,       // every chunk that anything is read of; pieces that are stored twice are compared
 };
 
+/// Who does what a save in the background does behind the program.
+enum class Executor : std::uint8_t {
+  thread,    // threads of this process
+  process,   // the program dcp-saver, one process per rank: a save that it was given whole is finished even if this process is killed. Local files only
+};
+
 /// Tells where a long operation is. Called on the rank's own thread, at most a few times per second.
 struct Progress {
   std::string_view phase;
@@ -60,6 +66,9 @@ struct SaveOptions {
   // Of saves in the background.
   std::uint64_t staging_bytes = default_staging_bytes;           // of the copy on this rank; a larger part is copied as fast as it is written
   std::chrono::milliseconds deadline = std::chrono::minutes{10}; // how long a rank may give no sign of life while others wait for it
+  Executor executor = Executor::thread;
+  std::string saver_program = {};                                // path of dcp-saver; if empty, what DCP_SAVER names, else beside this program, else in PATH
+  bool low_io_priority = false;                                  // behind everything else that uses the disk, where its scheduler knows priorities (BFQ)
   ProgressCallback progress = {};
   typename detail::options_of<S>::type storage = {};
 };
@@ -96,7 +105,7 @@ using LoadSettings = LoadOptions<detail::no_options>;
 namespace detail {
 template <class S>
 SaveSettings settings_of(SaveOptions<S> const& o) {
-  return {o.if_exists, o.check, o.checksums, o.memory_bytes, o.threads, o.direct_io, o.writers_per_file, o.visible_within, o.staging_bytes, o.deadline, o.progress, {}};
+  return {o.if_exists, o.check, o.checksums, o.memory_bytes, o.threads, o.direct_io, o.writers_per_file, o.visible_within, o.staging_bytes, o.deadline, o.executor, o.saver_program, o.low_io_priority, o.progress, {}};
 }
 template <class S>
 LoadSettings settings_of(LoadOptions<S> const& o) {

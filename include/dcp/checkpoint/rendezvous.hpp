@@ -54,6 +54,11 @@ class Interruption {
     std::lock_guard const lock{mutex_};
     return why_;
   }
+  template <class = Deferred>
+  bool settled() const {
+    std::lock_guard const lock{mutex_};
+    return settled_;
+  }
   /// Throws Error(cancelled) when it is interrupted.
   template <class = Deferred>
   void pause(std::chrono::milliseconds time) {

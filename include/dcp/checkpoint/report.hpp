@@ -2,6 +2,7 @@
 #pragma once
 // What an operation did: printable, and as fields.
 
+#include <dcp/base/bytes.hpp>
 #include <dcp/base/config.hpp>
 #include <dcp/base/text.hpp>
 #include <dcp/comm/agree.hpp>
@@ -56,7 +57,12 @@ struct Report {
   std::uint64_t tensor_bytes = 0;        // of them, each element once
   // Of a save in the background.
   double stall_seconds = 0;              // that the call took, on the slowest rank
+  double wait_staged_seconds = 0;        // that wait_staged took, there; with a stager that copies inside the call there is nothing to wait for
+  std::string stager;                    // "copy", "deferred"
+  bool deferred = false;                 // the call returned before the copy was made
+  bool pool_reused = false;              // the staging memory was that of an earlier save
   std::uint64_t staged_bytes = 0;        // copied, on all ranks
+  std::vector<std::int64_t> saver_processes;   // of each rank, its dcp-saver; none where threads of the program did it
   bool streamed = false;                 // some rank's part was larger than its staging memory, and had to be written while it was copied
   bool plan_reused = false;              // names, shapes, layouts, memory and options were those of the save before
   bool skipped = false;                  // another save was under way, and this one was not begun
@@ -86,7 +92,8 @@ struct Report {
         << human_bytes(report.tensor_bytes) << ", " << report.values << (report.values == 1 ? " value, on " : " values, on ") << report.ranks
         << (report.ranks == 1 ? " rank, in " : " ranks, in ") << number(report.seconds) << " s";
     if (report.skipped) out << "\n  skipped: another save was under way";
-    if (report.staged_bytes > 0) out << "\n  stall     " << number(report.stall_seconds) << " s, " << human_bytes(report.staged_bytes) << " copied" << (report.streamed ? "; more than staging memory holds, so that it was written meanwhile" : "") << (report.plan_reused ? "; with the plan of the save before" : "");
+    if (!report.stager.empty())
+      out << "\n  stall     " << number(report.stall_seconds) << " s" << (report.deferred ? " and " + number(report.wait_staged_seconds) + " s in wait_staged" : std::string{}) << ", " << human_bytes(report.staged_bytes) << " copied" << (report.streamed ? "; more than staging memory holds, so that it was written meanwhile" : "") << (report.plan_reused ? "; with the plan of the save before" : "") << (report.saver_processes.empty() ? "" : "; written by dcp-saver");
     for (auto const& phase : report.phases) {
       out << "\n  " << phase.name << std::string(phase.name.size() < 10 ? 10 - phase.name.size() : 1, ' ') << number(phase.longest()) << " s";
       if (phase.bytes() > 0) out << ", " << human_bytes(phase.bytes()) << " in " << phase.operations() << " operations";
@@ -128,6 +135,23 @@ class Stopwatch {
     names_.push_back(std::move(name));
     mine_.emplace_back();
     return current_ = names_.size() - 1, mine_.back();
+  }
+  /// As a message, for a process that reports in another one's name.
+  template <class = Deferred>
+  Bytes encode() const {
+    ByteWriter out;
+    for (std::size_t p = 0; p < names_.size(); ++p) out.text(names_[p]).number(mine_[p].seconds).number(mine_[p].bytes).number(mine_[p].operations);
+    return out.take();
+  }
+  template <class = Deferred>
+  void decode(ConstByteSpan bytes) {
+    for (ByteReader in{bytes}; !in.done() && in.ok();) {
+      enter(in.text());
+      double const seconds = in.number<double>();
+      std::uint64_t const moved = in.number<std::uint64_t>();
+      leave();
+      mine_.back() = {seconds, moved, in.number<std::uint64_t>()};
+    }
   }
   template <class = Deferred>
   void leave() {

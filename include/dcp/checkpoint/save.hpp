@@ -369,13 +369,7 @@ Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
     });
     opened = broadcast_value(comm, opened, 0);
     std::string const id{opened.id.begin(), opened.id.end()};
-    Bytes resolved;
-    if (attempt) {
-      auto const text = as_byte_span(attempt->place());
-      resolved.assign(text.begin(), text.end());
-    }
-    broadcast_bytes(comm, resolved, 0);
-    report.place = as_text(resolved);
+    report.place = broadcast_text(comm, attempt ? attempt->place() : std::string{}, 0);
     report.id = id;
     std::string const directory = report.place + std::string{attempt_infix} + id;
     require_shared(comm, medium, directory, id, settings.visible_within);

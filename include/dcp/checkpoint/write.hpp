@@ -59,7 +59,7 @@ class Writer {
     });
   }
   std::uint64_t most_bytes() const { return ~std::uint64_t{0}; }
-  Staged segment(std::uint64_t bytes) const {
+  Staged room(std::uint64_t bytes) const {
     auto const buffer = std::make_shared<AlignedBuffer>(static_cast<std::size_t>(bytes));
     return {buffer->first(bytes), buffer};
   }

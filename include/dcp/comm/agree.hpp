@@ -52,6 +52,14 @@ void broadcast_bytes(CommRef comm, Bytes& bytes, int root) {
   if (!bytes.empty()) comm.broadcast(bytes, root);
 }
 
+/// The `text` of rank `root`. Collective.
+template <class = Deferred>
+std::string broadcast_text(CommRef comm, std::string text, int root) {
+  text.resize(static_cast<std::size_t>(broadcast_value<std::uint64_t>(comm, text.size(), root)));
+  if (!text.empty()) comm.broadcast(std::as_writable_bytes(std::span{text}), root);
+  return text;
+}
+
 /// Everyone's `mine`, in rank order; sizes may differ. Collective.
 ///
 /// Cost      one gather of the sizes, then the first 2 * mean bytes of each rank in one all_gather (short ones padded) and what

@@ -116,6 +116,7 @@ class LocalFs {
  public:
   static constexpr bool renames_directories = true;
   static constexpr bool shared_by_ranks = true;
+  static constexpr bool local_files = true;
 
   struct Options {
     LinkPolicy links = LinkPolicy::cache;            // of files that are read: which links their directory may hold

@@ -108,6 +108,9 @@ class AnyMedium {
   // What this medium can do.
   virtual bool renames_directories() const = 0;    // publish_new and move_directory; without them the commit record written last is the commit
   virtual bool shared_by_ranks() const = 0;        // false only for media inside one process
+  /// Whether its paths are those of files that another process of this machine can write as LocalFs does. A medium of which that is so has a constant
+  /// local_files; others need no such member.
+  virtual bool local_files() const = 0;
 
   // Every call throws Error(missing_file) where a name that it needs is not there, Error(io) with the errno for other refusals.
 
@@ -230,6 +233,10 @@ class MediumModel final : public AnyMedium {
   explicit MediumModel(M medium) : medium_{std::move(medium)} {}
   bool renames_directories() const override { return M::renames_directories; }
   bool shared_by_ranks() const override { return M::shared_by_ranks; }
+  bool local_files() const override {
+    if constexpr (requires { M::local_files; }) return M::local_files;
+    else return false;
+  }
   std::unique_ptr<WritableFile> open_write(std::string const& path) override { return medium_.open_write(path); }
   std::unique_ptr<ReadableFile> open_read(std::string const& path) override { return medium_.open_read(path); }
   std::unique_ptr<WritableFile> open_blocks(std::string const& path, std::uint64_t block, DirectIo mode) override {

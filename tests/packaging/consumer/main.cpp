@@ -9,6 +9,9 @@
 #ifdef WITH_URING
 #include <dcp/media/uring_fs.hpp>
 #endif
+#ifdef WITH_SAVER
+#include <unistd.h>
+#endif
 
 int main() {
 #ifdef WITH_MPI
@@ -21,6 +24,9 @@ int main() {
 #endif
 #ifdef WITH_URING
   static_cast<void>(dcp::UringFs{}.open_queue(4));   // linked; whether there is a ring is the machine's affair
+#endif
+#ifdef WITH_SAVER
+  if (::access(DCP_SAVER_PROGRAM, X_OK) != 0) return 4;
 #endif
   return uses_dcp() ? 0 : 1;
 }
