@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# From a fresh Debian or Ubuntu machine to a training run that is killed while it saves, goes on with other ranks, and ends with the
-# bits of a run that was never interrupted. Three minutes after what is missing has been installed.
+# From a fresh Debian or Ubuntu machine to a training run that saves in the background, is killed while it does, goes on with other ranks,
+# is told to end (SIGTERM), goes on again, and ends with the bits of a run that was never interrupted. Three minutes after what is missing
+# has been installed.
 #
 #   bash examples/quickstart.sh                  all of it
 #   bash examples/quickstart.sh --model DIR      also loads, reshards and saves the Hugging Face model in DIR
@@ -15,7 +16,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --model) model=$(realpath -e -- "${2:?--model takes a directory}") || exit 2; shift ;;
     --seconds) show_seconds=1 ;;
-    *) sed -n '3,10s/^# \{0,1\}//p' "$0"; [ "$1" = --help ]; exit ;;
+    *) sed -n '3,11s/^# \{0,1\}//p' "$0"; [ "$1" = --help ]; exit ;;
   esac
   shift
 done
@@ -25,7 +26,7 @@ done
 cd "$dcp_root" || exit 1
 build=$dcp_root/build/quickstart
 run=$build/run
-checkpoint=$run/interrupted/checkpoint
+interrupted=$run/interrupted   # a directory for each checkpoint below it
 steps=40
 not_shown=() job=""
 
@@ -60,7 +61,7 @@ trainer=$build/examples/trainer
 echo "built"
 
 rm -rf "$run"
-mkdir -p "$run/interrupted/ranks" "$run/logs"
+mkdir -p "$run/ranks" "$run/logs"
 launch=(mpirun)
 if mpirun --version 2>&1 | grep -q -E 'Open MPI|OpenRTE'; then
   launch+=(--oversubscribe)
@@ -68,67 +69,81 @@ if mpirun --version 2>&1 | grep -q -E 'Open MPI|OpenRTE'; then
   export OMPI_MCA_btl_vader_single_copy_mechanism=none   # containers forbid it
 fi
 
-# Ctrl-C in the middle must not leave ranks behind.
-kill_ranks() {
-  local processes=("$run"/interrupted/ranks/*)
-  kill -KILL "${processes[@]##*/}" 2>/dev/null
+signal_ranks() {
+  local processes=("$run"/ranks/*)
+  kill "$1" "${processes[@]##*/}" 2>/dev/null
 }
-trap 'if [ -n "$job" ]; then kill_ranks; fi' EXIT
+# Ctrl-C in the middle must not leave ranks behind.
+trap 'if [ -n "$job" ]; then signal_ranks -KILL; fi' EXIT
 
 # train LOG RANKS MESH ARGUMENTS...: the trainer, its output in a log. Each rank notes its process id, for the one who kills it.
 train() {
   local log=$run/logs/$1 ranks=$2 mesh=$3
   shift 3
-  rm -f "$run"/interrupted/ranks/*
+  rm -f "$run"/ranks/*
   # shellcheck disable=SC2016   # expanded by the ranks' shells
-  "${launch[@]}" -np "$ranks" sh -c 'echo >"$0/$$"; exec "$@"' "$run/interrupted/ranks" "$trainer" --mesh "$mesh" "$@" >"$log" 2>&1
+  "${launch[@]}" -np "$ranks" sh -c 'echo >"$0/$$"; exec "$@"' "$run/ranks" "$trainer" --mesh "$mesh" "$@" >"$log" 2>&1
 }
 must_train() {
   train "$@" || { cat "$run/logs/$1"; fail "training failed"; }
 }
 losses() { grep -h -E '^step [0-9]+ loss -?0x' "$@"; }
+reached() { losses "$1" | tail -n 1 | cut -d ' ' -f 2; }
 save_every=(--save-every 2)
 
 say "Training, never interrupted: $steps steps on one rank"
 must_train reference 1 1x1 --steps $steps "${save_every[@]}" --checkpoint "$run/reference"
 losses "$run/logs/reference" | sed -n "1,3p; ${steps}p"
+grep '^saved' "$run/logs/reference" | tail -n 1
 tail -n 1 "$run/logs/reference"
 
-say "The same on 4 ranks (mesh 2 x 2), all killed with SIGKILL while they save"
+# The records of saves that are under way, of which some data has been written; or that were, when all ranks were killed.
+under_way() {
+  compgen -G "$interrupted/step-*.dcp-*/optimizer/*.safetensors" >/dev/null && grep -l -s '"state": *"open"' "$interrupted"/step-*.dcp-*/dcp.json
+}
+
+say "The same on 4 ranks (mesh 2 x 2), all killed with SIGKILL at a random time at which a save is under way behind the training"
 killed=""
 for ((try = 1; try <= 20 && ${#killed} == 0; ++try)); do
-  train "killed-$try" 4 2x2 --steps $steps "${save_every[@]}" --checkpoint "$checkpoint" &
+  train "killed-$try" 4 2x2 --steps $steps "${save_every[@]}" --checkpoint "$interrupted" &
   job=$!
+  sleep "$((RANDOM % 4)).$((RANDOM % 10))"
   while kill -0 $job 2>/dev/null; do
-    # Not the first save: the one that is cut off shall have something to replace. Some data of it shall have been written.
-    if [ -e "$checkpoint/dcp.json" ] && compgen -G "$checkpoint.dcp-*/optimizer/*.safetensors" >/dev/null; then
-      kill_ranks
+    # Not the first save: there shall be a checkpoint to go on from.
+    if [ -e "$interrupted/latest" ] && under_way >/dev/null; then
+      signal_ranks -KILL
       break
     fi
   done
   wait $job 2>/dev/null
   job=""
-  for attempt in "$checkpoint".dcp-*; do
-    if [ -d "$attempt" ] && grep -q '"state": *"open"' "$attempt/dcp.json" 2>/dev/null; then killed=$attempt; fi
-  done
+  killed=$(under_way | head -n 1)
   if [ -z "$killed" ]; then
     echo "try $try: the save was over before the signal came"
-    if losses "$run/logs/killed-$try" | grep -q "^step $steps "; then rm -rf "$checkpoint" "$checkpoint".dcp-*; fi   # so was the run: a new one
+    if [ "$(reached "$run/logs/killed-$try")" = "$steps" ]; then rm -rf "$interrupted"; fi   # so was the run: a new one
   fi
 done
 [ -n "$killed" ] || fail "no kill hit a save"
-grep -q '"state": *"committed"' "$checkpoint/dcp.json" || fail "the checkpoint before the killed save is gone"
+killed=${killed%/dcp.json}
+grep '^saved' "$run/logs/killed-$((try - 1))" | tail -n 1
 losses "$run/logs/killed-$((try - 1))" | tail -n 1
 echo "left behind: ${killed##*/}, state open: $(cd "$killed" && find . -name '*.safetensors' -printf '%P (%s bytes) ')"
+echo "the newest complete checkpoint: $(cat "$interrupted/latest")"
 
-say "Going on with 2 ranks (mesh 1 x 2), from the last complete checkpoint"
-must_train on-2 2 1x2 --steps $((steps * 3 / 4)) "${save_every[@]}" --checkpoint "$checkpoint"
-grep -E '^(load|training)' "$run/logs/on-2"
-losses "$run/logs/on-2" | tail -n 1
-[ ! -e "$killed" ] || fail "the next save did not clean up $killed"
+say "Going on with 2 ranks (mesh 1 x 2), until one of them is told to end (SIGTERM)"
+train on-2 2 1x2 --steps $steps "${save_every[@]}" --checkpoint "$interrupted" &
+job=$!
+while kill -0 $job 2>/dev/null && ! losses "$run/logs/on-2" >/dev/null 2>&1; do sleep 0.02; done
+ranks=("$run"/ranks/*)
+kill -TERM "${ranks[0]##*/}"
+wait $job || { cat "$run/logs/on-2"; fail "training failed"; }
+job=""
+grep -E '^(load|training|SIGTERM)' "$run/logs/on-2"
+grep -q "^SIGTERM.* after step $(reached "$run/logs/on-2"), which is saved" "$run/logs/on-2" || fail "SIGTERM did not end the run with a save"
+[ ! -e "$killed" ] || fail "$killed was not cleaned up"
 
 say "Going on with 3 ranks (mesh 3 x 1)"
-must_train on-3 3 3x1 --steps $steps "${save_every[@]}" --checkpoint "$checkpoint"
+must_train on-3 3 3x1 --steps $steps "${save_every[@]}" --checkpoint "$interrupted"
 grep -E '^(load|training)' "$run/logs/on-3"
 losses "$run/logs/on-3" | tail -n 1
 
@@ -137,12 +152,12 @@ losses "$run/logs/reference" | sort -u >"$run/losses-reference"
 losses "$run"/logs/killed-* "$run"/logs/on-* | sort -u >"$run/losses-interrupted"
 cmp "$run/losses-reference" "$run/losses-interrupted" || fail "the losses differ"
 echo "the losses of all $(wc -l <"$run/losses-reference") steps are equal, those computed twice included"
-files=0
+reference=$run/reference/$(cat "$run/reference/latest") checkpoint=$interrupted/$(cat "$interrupted/latest") files=0
 while read -r file; do
-  cmp "$run/reference/$file" "$checkpoint/$file" || fail "the checkpoints differ"
-  echo "$file: $(stat -c %s "$checkpoint/$file") equal bytes"
+  cmp "$reference/$file" "$checkpoint/$file" || fail "the checkpoints differ"
+  echo "${checkpoint##*/}/$file: $(stat -c %s "$checkpoint/$file") equal bytes"
   files=$((files + 1))
-done < <(cd "$run/reference" && find . -type f ! -name dcp.json -printf '%P\n' | sort)
+done < <(cd "$reference" && find . -type f ! -name dcp.json -printf '%P\n' | sort)
 [ "$files" -ge 4 ] || fail "the checkpoint lacks files"
 
 say "What the order of sums is worth: --fast-sums adds as it comes"
@@ -158,8 +173,9 @@ if cmp -s <(losses "$run/logs/fast-2") <(losses "$run/logs/fast-4"); then fail "
 
 say "A flipped byte is refused"
 broken=$run/broken
+mkdir "$broken"
 cp -r "$checkpoint" "$broken"
-victim=$(find "$broken" -maxdepth 1 -name '*.safetensors' | sort | head -n 1)
+victim=$(find "$broken/${checkpoint##*/}" -maxdepth 1 -name '*.safetensors' | sort | head -n 1)
 at=$(($(stat -c %s "$victim") / 2))
 byte=$(od -An -tu1 -j $at -N 1 "$victim")
 # shellcheck disable=SC2059   # the format is the byte

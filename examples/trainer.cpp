@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // needs: mpi eigen
 // options: -ffp-contract=off
-// test: {mpirun 4} --mesh 2x2 --steps 3 --save-every 2 --checkpoint {tmp}/checkpoint {source}/README.md {source}/LICENSE
+// test: {mpirun 4} --mesh 2x2 --steps 3 --save-every 1 --checkpoint {tmp}/run {source}/README.md {source}/LICENSE
 // test: {mpirun 3} --mesh 1x3 --steps 2 --fast-sums {source}/README.md
+// test: {mpirun 2} {sigterm 2} --mesh 1x2 --steps 1000000 --save-every 2 --checkpoint {tmp}/run {source}/README.md
 //
 // A byte-level language model, trained on real text: from the last 16 bytes it predicts the next one.
 //
-//   mpirun -np 4 trainer --mesh 2x2 --steps 100 --save-every 10 --checkpoint run/checkpoint book.txt another.txt
+//   mpirun -np 4 trainer --mesh 2x2 --steps 100 --save-every 10 --checkpoint run book.txt another.txt
 //
 // The ranks form a mesh of a data-parallel and a tensor-parallel axis (dp x tp). The hidden layer is cut over tp; each parameter and
-// its optimizer state are cut over dp as well (FSDP). If the checkpoint is there, training goes on from it, on any mesh whose two
-// extents divide 12: the sums below have the same order on each, so the losses and the weights have the same bits.
+// its optimizer state are cut over dp as well (FSDP). Saves happen in the background, one directory below `run` for each, and training
+// goes on from the newest of them, on any mesh whose two extents divide 12: the sums below have the same order on each, so the losses
+// and the weights have the same bits. SIGTERM, to any one of the ranks, ends the run after one more save.
 //
 // That is not free, because a floating-point sum depends on its order, and so does a matrix product on its shape:
 //   - the work is cut into 12 micro-batches x 12 slices of the hidden layer, whatever the number of ranks. Each unit is a matrix
@@ -31,12 +33,14 @@
 #include <array>
 #include <chrono>
 #include <cmath>
+#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -46,6 +50,8 @@
 #ifdef __FAST_MATH__
 #error "-ffast-math lets the compiler reorder sums; this program promises their order"
 #endif
+
+using namespace std::chrono_literals;
 
 namespace {
 
@@ -245,15 +251,22 @@ struct Data {
 
 // ---- training: forward and backward, unit by unit ---------------------------------------------------------------------------------
 
+volatile std::sig_atomic_t told_to_stop = 0;   // by SIGTERM
+
 class Trainer {
  public:
   Trainer(dcp::DeviceMesh<2> const& mesh, Model& model, Adam& adam, Data& data, bool fast_sums)
-      : data_axis_{mesh, 0}, tensor_axis_{mesh, 1}, own_slices_{slices / tensor_axis_.size}, model_{model}, adam_{adam}, data_{data}, fast_{fast_sums} {
+      : mesh_{mesh}, data_axis_{mesh, 0}, tensor_axis_{mesh, 1}, own_slices_{slices / tensor_axis_.size}, model_{model}, adam_{adam}, data_{data}, fast_{fast_sums} {
     if (batches % data_axis_.size != 0 || slices % tensor_axis_.size != 0) throw std::runtime_error("both extents of the mesh must divide 12");
   }
 
-  /// One step of the optimizer; returns the mean loss of its 12 micro-batches.
-  double step() {
+  struct Step {
+    double loss;                       // the mean of its 12 micro-batches
+    bool stop;                         // some rank was told to
+  };
+  /// One step of the optimizer. A rank that was told to stop must not do so alone, as the others would wait for it for ever: who was told
+  /// travels with the losses, and all ranks come to the same conclusion.
+  Step step() {
     model_.each([&](char const*, auto& p) {
       p.gather_along(data_axis_);
       std::ranges::fill(p.gradient, 0.0f);
@@ -265,20 +278,25 @@ class Trainer {
     }
 
     // In each round the ranks along dp take one micro-batch each, in order.
-    double loss = 0;
-    for (int round = 0; round < batches / data_axis_.size; ++round) {
+    int const rounds = batches / data_axis_.size;
+    std::vector<double> mine;          // losses, then whether to stop
+    for (int round = 0; round < rounds; ++round) {
       if (!fast_ || round == 0) model_.each([](char const*, auto& p) { p.partial.setZero(); });
-      double const mine = micro_batch(round * data_axis_.size + data_axis_.rank);
-      std::vector<double> losses(static_cast<std::size_t>(data_axis_.size));
-      MPI_Allgather(&mine, 1, MPI_DOUBLE, losses.data(), 1, MPI_DOUBLE, data_axis_.comm);
-      for (double const one : losses) loss += one;
+      mine.push_back(micro_batch(round * data_axis_.size + data_axis_.rank));
       if (!fast_) model_.each([&](char const*, auto& p) { p.add_in_order(data_axis_); });
     }
     if (fast_) model_.each([&](char const*, auto& p) { p.add_fast(data_axis_); });
 
     adam_.update();
     data_.drawn += batches * examples;
-    return loss / batches;
+
+    mine.push_back(told_to_stop);
+    Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> all(mesh_.size(), rounds + 1);   // a row for each rank
+    MPI_Allgather(mine.data(), rounds + 1, MPI_DOUBLE, all.data(), rounds + 1, MPI_DOUBLE, MPI_COMM_WORLD);
+    double loss = 0;
+    for (int round = 0; round < rounds; ++round)
+      for (std::int64_t i = 0; i < data_axis_.size; ++i) loss += all(mesh_.rank_at({i, 0}), round);
+    return {loss / batches, (all.col(rounds).array() != 0).any()};
   }
 
  private:
@@ -351,6 +369,7 @@ class Trainer {
     return sum;
   }
 
+  dcp::DeviceMesh<2> const& mesh_;
   Axis data_axis_, tensor_axis_;
   int own_slices_;
   Model& model_;
@@ -364,7 +383,7 @@ class Trainer {
 
 struct Options {
   std::vector<std::filesystem::path> files;
-  std::filesystem::path checkpoint;
+  std::filesystem::path checkpoint;      // the directory of the run: a checkpoint of each save below it
   std::int64_t steps = 100, save_every = 0;
   std::array<std::int64_t, 2> mesh{};
   bool fast_sums = false;
@@ -405,7 +424,8 @@ Options parse(int argc, char** argv, int ranks) {
   return options;
 }
 
-void train(Options const& options, dcp::MpiComm& world) {
+/// Whether all that is to be saved is.
+bool train(Options const& options, dcp::MpiComm& world) {
   dcp::DeviceMesh<2> mesh{world, options.mesh};
   Model model{mesh};
   Adam adam{model};
@@ -418,42 +438,67 @@ void train(Options const& options, dcp::MpiComm& world) {
   dcp::StateDict const state{{"model", model}, {"optimizer", adam}, {"data", data}, {"step", step}};
   dcp::SafeTensorsOptions const storage{.groups = {{"model", ".", dcp::Prefix::strip}, {"optimizer", "optimizer"}}};
 
+  std::optional<dcp::CheckpointManager<dcp::SafeTensors>> checkpoints;
   if (!options.checkpoint.empty()) {
-    try {
-      auto const report = dcp::load<dcp::SafeTensors>(world, options.checkpoint, state, {.storage = storage});
+    checkpoints.emplace(world, options.checkpoint, dcp::ManagerOptions<dcp::SafeTensors>{.keep_last = 2, .save = {.storage = storage}, .load = {.storage = storage}});
+    if (auto const last = checkpoints->latest()) {
+      auto const report = checkpoints->load(*last, state);
       if (speaks) std::cout << report << '\n';
-    } catch (dcp::Error const& error) {
-      if (error.code() != dcp::ErrorCode::not_found) throw;              // not found, on every rank: a new run
     }
   }
   if (speaks)
     std::cout << "training from step " << step << " on " << world.size() << " ranks, mesh " << mesh.extent(0) << " x " << mesh.extent(1) << ", " << data.size
               << " bytes of text" << std::endl;
 
+  std::optional<dcp::Pending> pending;                                   // the save that is under way
+  auto const finish_save = [&] {
+    if (!pending) return;
+    dcp::Report const report = pending->wait();                          // throws, on all ranks, what any rank threw
+    pending.reset();
+    double behind = 0;
+    for (auto const& phase : report.phases)
+      if (phase.name == "write" || phase.name == "sync") behind += phase.longest();
+    if (speaks) std::printf("saved %s: training stood still for %.4f s, writing took %.3f s behind it\n", report.place.c_str(), report.stall_seconds, behind);
+  };
+
   auto const begin = std::chrono::steady_clock::now();
   std::int64_t const first = step;
-  while (step < options.steps) {
-    double const loss = trainer.step();
+  bool stop = false;
+  while (step < options.steps && !stop) {
+    auto const done = trainer.step();
+    stop = done.stop;
     ++step;
     auto const number = static_cast<long long>(step);
-    if (speaks) std::printf("step %lld loss %a %.4f\n", number, loss, loss), std::fflush(stdout);
-    bool const due = step == options.steps || (options.save_every > 0 && step % options.save_every == 0);
-    if (due && !options.checkpoint.empty())
-      dcp::save<dcp::SafeTensors>(world, options.checkpoint, state, {.if_exists = dcp::IfExists::replace, .storage = storage});
+    if (speaks) std::printf("step %lld loss %a %.4f\n", number, done.loss, done.loss), std::fflush(stdout);
+    bool const due = stop || step == options.steps || (options.save_every > 0 && step % options.save_every == 0);
+    if (due && checkpoints && (!stop || checkpoints->flush(10s))) {      // no time for one more while a storage does not answer
+      finish_save();
+      pending.emplace(checkpoints->async_save(step, state));             // returns when the state has been copied: training may change it
+    }
   }
+  // Who sends SIGTERM sends SIGKILL soon, job schedulers mostly after half a minute.
+  if (stop && checkpoints && !checkpoints->flush(10s)) {
+    if (speaks) std::cout << "SIGTERM: step " << step << " could not be saved in time; the checkpoint before it is there" << std::endl;
+    dcp::set_exit_deadline(0s);                                          // the end of the process need not wait for it either
+    return false;
+  }
+  finish_save();
+  if (stop && speaks) std::cout << "SIGTERM: all ranks end after step " << step << (checkpoints ? ", which is saved" : "") << std::endl;
   double const seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   if (speaks && step > first) std::printf("%.3f s per step\n", seconds / static_cast<double>(step - first));
+  return true;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
+  std::signal(SIGTERM, [](int) { told_to_stop = 1; });
   MPI_Init(&argc, &argv);
   int status = 0;
   try {
     dcp::MpiComm world{MPI_COMM_WORLD};
     try {
-      train(parse(argc, argv, world.size()), world);
+      if (!train(parse(argc, argv, world.size()), world)) status = 1;
     } catch (dcp::Error const& error) {                                  // every rank has it: all end in order
       if (world.rank() == 0) std::cerr << error.what() << '\n';
       status = 1;

@@ -9,6 +9,11 @@
 //   state tensors=64 rows=2048 columns=2048 dim=0     float32, split along `dim`
 //   fill | clear | check                              the memory: a function of name and position; zeros; compared with that function
 //   save place=... files=4 checksums=1 memory=268435456 engine=threads|uring
+//   async place=... files=4                           through a manager of a run at `place`, which only ever holds one checkpoint. Seconds are the
+//                                                     stall; `commit` those until wait() returns, `planning` those of that in the call
+//   copy                                              the same bytes by memcpy, by as many threads as an async_save copies with
+//   compute place=... files=4                         seconds of 200 products of matrices on the main thread, while an async_save is written; without
+//                                                     a place: while nothing is
 //   load place=... verify=standard
 //   open place=...                                    a file: all that its header says
 //   raw place=... direct=1                            the same bytes by plain writes of 4 MiB, one after the other, with fsync: no format
@@ -17,6 +22,9 @@
 #include <dcp/dcp.hpp>
 #ifdef WITH_URING
 #include <dcp/media/uring_fs.hpp>
+#endif
+#ifdef WITH_EIGEN
+#include <Eigen/Core>
 #endif
 
 #include <algorithm>
@@ -30,6 +38,7 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -99,6 +108,63 @@ std::map<std::string, int> files_of(State const& state, std::int64_t count) {
   return files;
 }
 
+// Saves in the background, as a trainer makes them: one manager, one description of the state, a new step every time.
+struct Run {
+  std::string root;
+  dcp::StateDict state;
+  dcp::CheckpointManager<dcp::SafeTensors> checkpoints;
+  std::int64_t step = 0;
+
+  Run(dcp::MpiComm& world, std::string const& place, State& of, dcp::SaveOptions<dcp::SafeTensors> const& options)
+      : root{place}, state{of.state()}, checkpoints{world, place, {.save = options}} {}
+  // Not by retention: what that takes is no part of what is timed on the other side either.
+  void remove_last() const {
+    for (auto const& entry : std::filesystem::directory_iterator{root})
+      if (entry.is_directory()) std::filesystem::remove_all(entry.path());
+  }
+  dcp::Pending save() { return checkpoints.async_save(++step, state); }
+};
+
+// The same bytes into memory like that which saves in the background copy into.
+class Copy {
+ public:
+  void operator()(dcp::ConstByteSpan bytes) {
+    if (memory_.bytes.size() != bytes.size()) memory_ = {}, memory_ = std::make_shared<dcp::StagingPool<>>(bytes.size())->take(bytes.size(), [] {});
+    std::size_t const each = (bytes.size() + workers_.threads() - 1) / workers_.threads();
+    for (std::size_t at = 0; at < bytes.size(); at += each)
+      workers_.submit([this, at, part = bytes.subspan(at, std::min(each, bytes.size() - at))](std::size_t) { std::memcpy(memory_.bytes.data() + at, part.data(), part.size()); });
+    workers_.finish([] {});
+  }
+
+ private:
+  dcp::detail::Staged memory_;
+  dcp::Workers<> workers_{static_cast<std::size_t>(dcp::detail::Stages<>::copy_threads())};
+};
+
+// What a trainer computes: products of matrices, on one thread and out of its cache.
+class Compute {
+ public:
+  static constexpr int products = 200;
+
+  /// Goes on while `more(products so far)`; the seconds that 200 products take.
+  template <class More>
+  double operator()(More more) {
+    int done = 0;
+    auto const begin = std::chrono::steady_clock::now();
+    for (; more(done); ++done) multiply();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() / done * products;
+  }
+
+ private:
+#ifdef WITH_EIGEN
+  using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+  void multiply() { c_.noalias() = a_ * b_; }
+  Matrix a_ = Matrix::Constant(512, 512, 1.5f), b_ = Matrix::Constant(512, 512, 0.5f), c_{512, 512};
+#else
+  void multiply() { throw std::runtime_error{"built without Eigen"}; }
+#endif
+};
+
 void must(bool ok, char const* what) {
   if (!ok) throw std::runtime_error{std::string{what} + ": " + std::strerror(errno)};
 }
@@ -154,6 +220,9 @@ void forget_peak() {
 
 int serve(dcp::MpiComm& world, std::string const& folder) {
   State state{world, 0, 0, 0, 0, {}, {}};
+  std::optional<Run> run;
+  Copy copy;
+  Compute compute;
   std::ifstream commands{folder + "/ours." + std::to_string(world.rank())};
   std::ofstream answers;
   if (world.rank() == 0) answers.open(folder + "/ours.reply");
@@ -165,8 +234,8 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
     for (std::string word; in >> word;) words[word.substr(0, word.find('='))] = word.substr(word.find('=') + 1);
     if (verb == "quit") return 0;
     std::string answer, failure;
-    double seconds = 0, over_read = 0;
-    forget_peak();
+    double seconds = 0, commit = 0, planning = 0, over_read = 0;
+    if (verb != "async") forget_peak();   // no trainer takes its allocator's memory away between saves
     std::int64_t const before = resident_kib();
     try {
       std::string const place = text(words, "place");
@@ -176,7 +245,17 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
         body();
         seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
       };
+      auto const ready_run = [&] {
+        if (!run || run->root != place) {
+          dcp::SaveOptions<dcp::SafeTensors> options;
+          if (auto const files = number(words, "files", 1); files > 1) options.storage.file_of = files_of(state, files);
+          run.reset();
+          run.emplace(world, place, state, options);
+        }
+        if (world.rank() == 0) run->remove_last();
+      };
       if (verb == "state") {
+        run.reset();
         state.make(words);
       } else if (verb == "fill") {
         state.for_each([](float& x, float wanted) { x = wanted; });
@@ -206,6 +285,31 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
         else
 #endif
           save_on(dcp::SafeTensors{});
+      } else if (verb == "async") {
+        ready_run();
+        dcp::Report report;
+        double stall = 0;
+        timed([&] {
+          auto const begin = std::chrono::steady_clock::now();
+          dcp::Pending pending = run->save();
+          stall = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+          report = pending.wait();
+        });
+        commit = std::exchange(seconds, stall);
+        for (auto const& phase : report.phases)
+          if (phase.name == "agree" || phase.name == "plan") planning += phase.longest();
+        if (number(words, "report", 0) != 0 && world.rank() == 0) std::cerr << report << '\n';
+      } else if (verb == "copy") {
+        timed([&] { copy(std::as_bytes(std::span{state.memory})); });
+      } else if (verb == "compute") {
+        if (place.empty()) {
+          seconds = compute([](int done) { return done < Compute::products; });
+        } else {
+          ready_run();
+          dcp::Pending pending = run->save();
+          seconds = compute([&](int) { return !pending.done(); });
+          pending.wait();
+        }
       } else if (verb == "load") {
         dcp::LoadOptions<dcp::SafeTensors> options;
         options.verify = verify_of(text(words, "verify", "standard"));
@@ -239,15 +343,16 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
     }
     std::int64_t const extra = peak_kib() - before;
     struct Outcome {
-      double seconds;
+      double seconds, commit, planning;
       std::int64_t extra;
       bool failed;
     };
-    auto const outcomes = dcp::all_gather_value(dcp::CommRef{world}, Outcome{seconds, extra, !failure.empty()});
-    Outcome all{0, 0, false};
-    for (auto const& o : outcomes) all = {std::max(all.seconds, o.seconds), std::max(all.extra, o.extra), all.failed || o.failed};
+    auto const outcomes = dcp::all_gather_value(dcp::CommRef{world}, Outcome{seconds, commit, planning, extra, !failure.empty()});
+    Outcome all{0, 0, 0, 0, false};
+    for (auto const& o : outcomes)
+      all = {std::max(all.seconds, o.seconds), std::max(all.commit, o.commit), std::max(all.planning, o.planning), std::max(all.extra, o.extra), all.failed || o.failed};
     if (!failure.empty()) std::cerr << "rank " << world.rank() << ": " << verb << ": " << failure << '\n';
-    if (world.rank() == 0) answers << "{\"seconds\": " << all.seconds << ", \"extra_kib\": " << all.extra << ", \"read_times\": " << over_read << ", \"failed\": " << (all.failed ? "true" : "false") << "}\n" << std::flush;
+    if (world.rank() == 0) answers << "{\"seconds\": " << all.seconds << ", \"commit\": " << all.commit << ", \"planning\": " << all.planning << ", \"extra_kib\": " << all.extra << ", \"read_times\": " << over_read << ", \"failed\": " << (all.failed ? "true" : "false") << "}\n" << std::flush;
   }
   return 0;
 }

@@ -4,7 +4,7 @@
 #
 #   tests/bench/run.sh            every row, 8 turns each, the first of which is dropped: about ten minutes
 #   tests/bench/run.sh --quick    three turns, warm, large tensors: a minute's look
-#   tests/bench/run.sh --only save,load,small,open,plan
+#   tests/bench/run.sh --only save,load,async,small,open,plan
 #
 # Installs what is missing, builds with -O2, prints one table and writes it to build/bench/results.json, .svg (the chart) and .md (the
 # table of README.md).
@@ -25,7 +25,8 @@ for argument in "$@"; do
 done
 
 dcp_install g++ cmake ninja-build nlohmann-json3-dev libopenmpi-dev openmpi-bin python3-venv
-dcp_install liburing-dev || true   # without it there are no rows of io_uring
+dcp_install liburing-dev || true    # without it there are no rows of io_uring
+dcp_install libeigen3-dev || true   # and without this none of what is computed during a save
 dcp_python_environment
 [ -n "$dcp_python" ] || { echo "no benchmarks: $dcp_python_reason" >&2; exit 1; }
 mkdir -p build
@@ -35,5 +36,6 @@ cmake --build build/bench >>build/bench.log 2>&1 || { cat build/bench.log; exit 
 mpirun=(mpirun)
 if [ "$(id -u)" -eq 0 ]; then mpirun+=(--allow-run-as-root); fi
 if dcp_has liburing-dev; then options+=(--uring); fi
+if dcp_has libeigen3-dev; then options+=(--eigen); fi
 exec "$dcp_python" tests/bench/bench.py --program build/bench/bench_ranks --simulate build/bench/bench_simulate --mpirun "${mpirun[*]} --oversubscribe" --work "${DCP_BENCH_DIR:-build/bench/work}" \
   --json build/bench/results.json --svg build/bench/results.svg --markdown build/bench/results.md "${options[@]}"

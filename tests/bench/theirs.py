@@ -6,6 +6,8 @@
 Takes the commands of bench_ranks from <folder>/theirs.<rank>, and rank 0 answers on <folder>/theirs.reply:
   state tensors=64 rows=2048 columns=2048 dim=0 | fill | clear | check
   save|load with=hf|files|safetensors place=... files=4        hf: HuggingFaceStorageWriter with consolidation; files: FileSystemWriter
+  async executor=thread|process stager=default|kept place=...  dcp.async_save; default: without a word about staging; kept: one stager for all
+                                                               saves, which uses its memory again, shared with the process where that writes
   open place=...                                               safetensors.safe_open, the names of all tensors
 """
 import contextlib
@@ -23,6 +25,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -39,7 +43,9 @@ class State:
         self.begin, self.end = min(whole, self.rank * each), min(whole, self.rank * each + each)
         local = [rows, columns]
         local[dim] = self.end - self.begin
-        self.memory = torch.zeros(tensors, *local)
+        # Each tensor with a storage of its own: those of one storage, as DTensors, are what async_save of PyTorch 2.15.0 cannot stage.
+        self.memory = [torch.zeros(*local) for _ in range(tensors)]
+        self.stagers = {}
         self.state = {}
         for t in range(tensors):
             name = f"layers.{t}.weight"
@@ -75,6 +81,22 @@ def save(state, how, place, files):
         fsync_tree(place)
 
 
+def async_save(state, executor, stager, place):
+    """Until the state may change, and until the checkpoint is complete."""
+    words = {}
+    if stager == "kept":
+        if executor not in state.stagers:
+            # Pinned memory and copies that do not block are for accelerators.
+            state.stagers[executor] = DefaultStager(StagingOptions(use_pinned_memory=False, use_shared_memory=executor == "process", use_async_staging=False, use_non_blocking_copy=False))
+        words["async_stager"] = state.stagers[executor]
+    kind = AsyncCheckpointerType.PROCESS if executor == "process" else AsyncCheckpointerType.THREAD
+    begin = time.perf_counter()
+    future = dcp.async_save(state.state, checkpoint_id=place, async_checkpointer_type=kind, no_dist=state.ranks == 1, **words)
+    stall = time.perf_counter() - begin
+    future.result()
+    return stall, time.perf_counter() - begin
+
+
 def load(state, how, place):
     if how == "hf":
         dcp.load(state.state, storage_reader=HuggingFaceStorageReader(place), no_dist=state.ranks == 1)
@@ -99,7 +121,7 @@ def main():
     for line in commands:
         verb, *words = line.split()
         words = dict(word.split("=", 1) for word in words)
-        seconds, failure = 0.0, ""
+        seconds, commit, failure = 0.0, 0.0, ""
         if verb == "quit":
             break
         try:
@@ -111,9 +133,10 @@ def main():
                 state = State(mesh, *(int(words[name]) for name in ("tensors", "rows", "columns", "dim")))
             elif verb == "fill":
                 for t in range(state.tensors):
-                    state.memory[t] = state.expected(t)
+                    state.memory[t].copy_(state.expected(t))
             elif verb == "clear":
-                state.memory.zero_()
+                for memory in state.memory:
+                    memory.zero_()
             elif verb == "check":
                 for t in range(state.tensors):
                     if not torch.equal(state.memory[t], state.expected(t)):
@@ -125,6 +148,12 @@ def main():
                     dist.barrier()
                 begin = time.perf_counter()
                 save(state, words["with"], words["place"], int(words.get("files", 1)))
+            elif verb == "async":
+                if rank == 0:
+                    shutil.rmtree(words["place"], ignore_errors=True)
+                if ranks > 1:
+                    dist.barrier()
+                stall, commit = async_save(state, words["executor"], words["stager"], words["place"])
             elif verb == "load":
                 load(state, words["with"], words["place"])
             elif verb == "open":
@@ -134,18 +163,19 @@ def main():
                     raise RuntimeError("no tensors")
             else:
                 failure = f"no such command: {verb}"
-            seconds = time.perf_counter() - begin
+            seconds = stall if verb == "async" else time.perf_counter() - begin
         except Exception as error:  # told to the driver, which ends the run
             failure = f"{type(error).__name__}: {error}"
             print(f"rank {rank}: {verb}: {failure}", file=sys.stderr)
-        outcome = torch.tensor([seconds, float(bool(failure))], dtype=torch.float64)
+        outcome = torch.tensor([seconds, commit, float(bool(failure))], dtype=torch.float64)
         if ranks > 1:
             dist.all_reduce(outcome, op=dist.ReduceOp.MAX)
         if rank == 0:
-            print(json.dumps({"seconds": outcome[0].item(), "failed": bool(outcome[1].item())}), file=answers, flush=True)
+            print(json.dumps({"seconds": outcome[0].item(), "commit": outcome[1].item(), "failed": bool(outcome[2].item())}), file=answers, flush=True)
     if ranks > 1:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
 
 
-main()
+if __name__ == "__main__":   # the process executor imports this file again
+    main()
