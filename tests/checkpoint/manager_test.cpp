@@ -161,7 +161,7 @@ TEST_CASE("CheckpointManager: a step that is there is not replaced") {
   state.fill(4);
   checkpoints.save(4, state.state());
   state.fill(5);
-  CHECK_THROWS_AS(static_cast<void>(checkpoints.async_save(4, state.state())), dcp::Error);
+  CHECK_THROWS_AS(checkpoints.async_save(4, state.state()).wait(), dcp::Error);
   check_all_load(checkpoints, state);
   CHECK_THROWS_AS(checkpoints.save(-1, state.state()), dcp::Error);
   CHECK_THROWS_AS(checkpoints.save(7, state.state(), std::nan("")), dcp::Error);
