@@ -9,8 +9,9 @@
 //   state tensors=64 rows=2048 columns=2048 dim=0     float32, split along `dim`
 //   fill | clear | check                              the memory: a function of name and position; zeros; compared with that function
 //   save place=... files=4 checksums=1 memory=268435456 engine=threads|uring
-//   async place=... files=4                           through a manager of a run at `place`, which only ever holds one checkpoint. Seconds are the
-//                                                     stall; `commit` those until wait() returns, `planning` those of that in the call
+//   async place=... files=4 stager=copy|deferred executor=thread|process
+//                                                     through a manager of a run at `place`, which only ever holds one checkpoint. Seconds are those of
+//                                                     the call; `commit` those until wait() returns, `planning` those of that in the call
 //   copy                                              the same bytes by memcpy, by as many threads as an async_save copies with
 //   compute place=... files=4                         seconds of 200 products of matrices on the main thread, while an async_save is written; without
 //                                                     a place: while nothing is
@@ -41,6 +42,7 @@
 #include <optional>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <fcntl.h>
@@ -109,36 +111,49 @@ std::map<std::string, int> files_of(State const& state, std::int64_t count) {
 }
 
 // Saves in the background, as a trainer makes them: one manager, one description of the state, a new step every time.
-struct Run {
-  std::string root;
-  dcp::StateDict state;
-  dcp::CheckpointManager<dcp::SafeTensors> checkpoints;
-  std::int64_t step = 0;
-
-  Run(dcp::MpiComm& world, std::string const& place, State& of, dcp::SaveOptions<dcp::SafeTensors> const& options)
-      : root{place}, state{of.state()}, checkpoints{world, place, {.save = options}} {}
+class Run {
+ public:
+  Run(dcp::MpiComm& world, std::string place, State& of, dcp::SaveOptions<dcp::SafeTensors> const& options, bool deferred) : root_{std::move(place)}, state_{of.state()} {
+    auto const through = [&]<class Stager>(Stager) {
+      auto const checkpoints = std::make_shared<dcp::CheckpointManager<dcp::SafeTensors, Stager>>(world, root_, dcp::ManagerOptions<dcp::SafeTensors>{.save = options});
+      save_ = [checkpoints](std::int64_t step, dcp::StateDict const& state) { return checkpoints->async_save(step, state); };
+    };
+    if (deferred) through(dcp::DeferredStager{});
+    else through(dcp::CopyStager{});
+  }
   // Not by retention: what that takes is no part of what is timed on the other side either.
   void remove_last() const {
-    for (auto const& entry : std::filesystem::directory_iterator{root})
+    for (auto const& entry : std::filesystem::directory_iterator{root_})
       if (entry.is_directory()) std::filesystem::remove_all(entry.path());
   }
-  dcp::Pending save() { return checkpoints.async_save(++step, state); }
+  dcp::Pending save() { return save_(++step_, state_); }
+
+ private:
+  std::string root_;
+  dcp::StateDict state_;
+  std::function<dcp::Pending(std::int64_t, dcp::StateDict const&)> save_;
+  std::int64_t step_ = 0;
 };
 
-// The same bytes into memory like that which saves in the background copy into.
+// The same bytes by memcpy, by the threads and into the kind of memory that saves in the background copy with.
 class Copy {
  public:
   void operator()(dcp::ConstByteSpan bytes) {
-    if (memory_.bytes.size() != bytes.size()) memory_ = {}, memory_ = std::make_shared<dcp::StagingPool<>>(bytes.size())->take(bytes.size(), [] {});
-    std::size_t const each = (bytes.size() + workers_.threads() - 1) / workers_.threads();
+    if (!stage_ || stage_->pool->capacity() < bytes.size()) {
+      memory_ = {};
+      stage_.emplace(bytes.size(), dcp::Executor::thread);
+      memory_ = stage_->pool->take(bytes.size(), [] {});
+    }
+    auto& workers = stage_->workers;
+    std::size_t const each = (bytes.size() + workers.threads() - 1) / workers.threads();
     for (std::size_t at = 0; at < bytes.size(); at += each)
-      workers_.submit([this, at, part = bytes.subspan(at, std::min(each, bytes.size() - at))](std::size_t) { std::memcpy(memory_.bytes.data() + at, part.data(), part.size()); });
-    workers_.finish([] {});
+      workers.submit([this, at, part = bytes.subspan(at, std::min(each, bytes.size() - at))](std::size_t) { std::memcpy(memory_.bytes.data() + at, part.data(), part.size()); });
+    workers.finish([] {});
   }
 
  private:
+  std::optional<dcp::detail::Stage<>> stage_;
   dcp::detail::Staged memory_;
-  dcp::Workers<> workers_{static_cast<std::size_t>(dcp::detail::Stages<>::copy_threads())};
 };
 
 // What a trainer computes: products of matrices, on one thread and out of its cache.
@@ -220,7 +235,7 @@ void forget_peak() {
 
 int serve(dcp::MpiComm& world, std::string const& folder) {
   State state{world, 0, 0, 0, 0, {}, {}};
-  std::optional<Run> run;
+  std::map<std::string, Run> runs;   // by place
   Copy copy;
   Compute compute;
   std::ifstream commands{folder + "/ours." + std::to_string(world.rank())};
@@ -245,17 +260,19 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
         body();
         seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
       };
-      auto const ready_run = [&] {
-        if (!run || run->root != place) {
+      auto const run = [&]() -> Run& {
+        auto at = runs.find(place);
+        if (at == runs.end()) {
           dcp::SaveOptions<dcp::SafeTensors> options;
           if (auto const files = number(words, "files", 1); files > 1) options.storage.file_of = files_of(state, files);
-          run.reset();
-          run.emplace(world, place, state, options);
+          if (text(words, "executor") == "process") options.executor = dcp::Executor::process, options.saver_program = DCP_SAVER_PROGRAM;
+          at = runs.try_emplace(place, world, place, state, options, text(words, "stager") == "deferred").first;
         }
-        if (world.rank() == 0) run->remove_last();
+        if (world.rank() == 0) at->second.remove_last();
+        return at->second;
       };
       if (verb == "state") {
-        run.reset();
+        runs.clear();
         state.make(words);
       } else if (verb == "fill") {
         state.for_each([](float& x, float wanted) { x = wanted; });
@@ -286,12 +303,12 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
 #endif
           save_on(dcp::SafeTensors{});
       } else if (verb == "async") {
-        ready_run();
+        Run& here = run();
         dcp::Report report;
         double stall = 0;
         timed([&] {
           auto const begin = std::chrono::steady_clock::now();
-          dcp::Pending pending = run->save();
+          dcp::Pending pending = here.save();
           stall = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
           report = pending.wait();
         });
@@ -305,8 +322,7 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
         if (place.empty()) {
           seconds = compute([](int done) { return done < Compute::products; });
         } else {
-          ready_run();
-          dcp::Pending pending = run->save();
+          dcp::Pending pending = run().save();
           seconds = compute([&](int) { return !pending.done(); });
           pending.wait();
         }
