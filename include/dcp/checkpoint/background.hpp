@@ -68,7 +68,7 @@ class BackgroundSave {
     {
       std::lock_guard const lock{mutex_};
       staged_ = true;
-      if (!staging_failure_) staging_failure_ = std::move(failure);
+      if (!staging_failure_ && failure) staging_failure_ = copy_of(failure);
     }
     wake();
   }
@@ -101,7 +101,7 @@ class BackgroundSave {
   template <class = Deferred>
   std::exception_ptr failure() const {
     std::lock_guard const lock{mutex_};
-    return failure_;
+    return failure_ ? copy_of(failure_) : nullptr;
   }
   /// After it ended. What is left of a failed attempt goes, now that everyone knows.
   void forget_attempt() {
@@ -189,7 +189,7 @@ class BackgroundSave {
 
   // Who stages for this save need not wait for room any more.
   void stop_pool(std::exception_ptr const& failure) const {
-    if (job_.pool) job_.pool->stop(failure);
+    if (job_.pool) job_.pool->stop(copy_of(failure));
   }
   void wake() {
     news_.notify_all();
@@ -389,6 +389,8 @@ class BackgroundSave {
     }
   }
   SaveEvent own_event(SaveEvent::Kind kind) const { return {kind, job_.place, step_, {}}; }
+  // Threads share no exception object: what counts the references to one is not visible to a thread sanitizer.
+  static std::exception_ptr copy_of(std::exception_ptr const& failure) { return std::make_exception_ptr(error_of(failure)); }
   static Error error_of(std::exception_ptr const& failure) {
     try {
       std::rethrow_exception(failure);

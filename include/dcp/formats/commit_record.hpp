@@ -236,8 +236,12 @@ Value parse_value(JsonValue const& from, ConstByteSpan large) {
 template <class = Deferred>
 std::string numbers_text(Extents const& extents) {
   std::string out{'['};
-  for (int d = 0; d < extents.rank(); ++d) out += (d > 0 ? "," : "") + std::to_string(extents[d]);
-  return out + ']';
+  for (int d = 0; d < extents.rank(); ++d) {
+    if (d > 0) out += ',';
+    out += std::to_string(extents[d]);
+  }
+  out += ']';
+  return out;
 }
 
 template <class = Deferred>
