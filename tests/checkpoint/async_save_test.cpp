@@ -9,6 +9,7 @@
 #include "support/campaign.hpp"
 #include "support/fault_medium.hpp"
 #include "support/generations.hpp"
+#include "support/outcome.hpp"
 #include "support/late_writes.hpp"
 #include "support/temporary_directory.hpp"
 
@@ -35,22 +36,13 @@ namespace {
 using namespace std::chrono_literals;
 using dcp::test::Call;
 using dcp::test::FaultMedium;
+using dcp::test::files_in;
 using dcp::test::GenerationState;
 using Faulty = FaultMedium<dcp::Memory>;
 using OnFaulty = dcp::BasicSafeTensors<Faulty>;
 using OnMemory = dcp::BasicSafeTensors<dcp::Memory>;
 
 constexpr std::uint64_t least = dcp::least_memory_bytes;
-
-std::map<std::string, std::string> files_in(std::filesystem::path const& directory) {
-  std::map<std::string, std::string> files;
-  for (auto const& entry : std::filesystem::recursive_directory_iterator{directory}) {
-    if (!entry.is_regular_file()) continue;
-    std::ifstream in{entry.path(), std::ios::binary};
-    files[std::filesystem::relative(entry.path(), directory).string()] = {std::istreambuf_iterator<char>{in}, {}};
-  }
-  return files;
-}
 
 std::uint64_t found_in_rows(dcp::Memory const& store, std::int64_t rows) {
   dcp::SelfComm self;

@@ -10,6 +10,7 @@
 #include "support/campaign.hpp"
 #include "support/generate.hpp"
 #include "support/generations.hpp"
+#include "support/outcome.hpp"
 #include "support/temporary_directory.hpp"
 
 #include <doctest/doctest.h>
@@ -39,30 +40,12 @@
 namespace {
 
 using namespace std::chrono_literals;
+using dcp::test::files_in;
+using dcp::test::error_of;
 using dcp::test::GenerationState;
 using Options = dcp::SaveOptions<dcp::SafeTensors>;
 
 Options by_process() { return {.executor = dcp::Executor::process, .saver_program = DCP_SAVER_PROGRAM}; }
-
-std::map<std::string, std::string> files_in(std::filesystem::path const& directory) {
-  std::map<std::string, std::string> files;
-  for (auto const& entry : std::filesystem::recursive_directory_iterator{directory}) {
-    if (!entry.is_regular_file()) continue;
-    std::ifstream in{entry.path(), std::ios::binary};
-    files[std::filesystem::relative(entry.path(), directory).string()] = {std::istreambuf_iterator<char>{in}, {}};
-  }
-  return files;
-}
-
-template <class Body>
-std::optional<dcp::Error> error_of(Body body) {
-  try {
-    body();
-  } catch (dcp::Error const& error) {
-    return error;
-  }
-  return std::nullopt;
-}
 
 bool is_there(pid_t pid) { return ::kill(pid, 0) == 0; }
 

@@ -10,6 +10,7 @@
 #include "support/campaign.hpp"
 #include "support/fault_medium.hpp"
 #include "support/generations.hpp"
+#include "support/outcome.hpp"
 
 #include <doctest/doctest.h>
 
@@ -30,6 +31,7 @@ namespace {
 
 using namespace std::chrono_literals;
 using dcp::test::Call;
+using dcp::test::error_of;
 using dcp::test::GenerationState;
 using Faulty = dcp::test::FaultMedium<dcp::Memory>;
 using OnFaulty = dcp::BasicSafeTensors<Faulty>;
@@ -65,16 +67,6 @@ int torn_snapshots(int ranks, int saves, std::int64_t rows) {
     }
   });
   return torn;
-}
-
-template <class Body>
-std::optional<dcp::Error> error_of(Body body) {
-  try {
-    body();
-  } catch (dcp::Error const& error) {
-    return error;
-  }
-  return std::nullopt;
 }
 
 }  // namespace

@@ -97,7 +97,7 @@ struct PendingSave {
     if (!staging->exchanged()) throw Error{ErrorCode::invalid_argument, "the stager \"" + std::string{stager.name} + "\" has left out the exchange"};
     if (stager.guarded) agree(comm, "save: stage", [&] { staging->unchanged(); });
     if (!staging->finished()) return;   // a stager that leaves the copies to themselves
-    save->wait_for_hand_over();
+    if (save->saver_process() != 0) agree(comm, "save: stage", [&] { save->wait_for_hand_over(); });
     staging.reset();
   }
   void staging_failed(std::exception_ptr const& why) {

@@ -90,12 +90,12 @@ class BackgroundSave {
     std::unique_lock lock{mutex_};
     return ended_.wait_for(lock, time, [&] { return state_ != State::running; });
   }
-  /// Until nothing of it depends on this process any more, or it has ended: at once, but for a save by another process. Local.
+  /// Of a save by another process: until nothing of it depends on this one any more, or it has ended. Local. Throws Error(timeout) after the deadline.
   template <class = Deferred>
   void wait_for_hand_over() const {
-    if (!job_.saver) return;
     std::unique_lock lock{mutex_};
-    ended_.wait(lock, [&] { return handed_over_ || state_ != State::running; });
+    if (!ended_.wait_for(lock, deadline(), [&] { return handed_over_ || state_ != State::running; }))
+      throw Error{ErrorCode::timeout, "dcp-saver (process " + std::to_string(saver_process()) + ") has taken nothing for " + std::to_string(deadline().count()) + " ms"};
   }
   /// After it ended: what stopped it, nothing if it was saved.
   template <class = Deferred>

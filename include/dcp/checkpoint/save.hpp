@@ -299,7 +299,7 @@ struct PlannedSave {
 template <class = Deferred>
 std::string options_in_words(AnyStorage const& storage, SaveSettings const& settings) {
   return std::string{storage.name()} + ' ' + storage.options_text() + (settings.if_exists == IfExists::replace ? " replace" : " fail") + (settings.check == Check::contents ? " check=contents" : "") +
-         (settings.checksums ? "" : " checksums=none") + " writers_per_file=" + std::to_string(settings.writers_per_file);
+         (settings.checksums ? "" : " checksums=none") + (settings.executor == Executor::process ? " executor=process" : "") + " writers_per_file=" + std::to_string(settings.writers_per_file);
 }
 
 /// Agreement and plan. Collective; nothing is touched.
