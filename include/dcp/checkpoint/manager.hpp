@@ -3,6 +3,7 @@
 // CheckpointManager: saves, finds, loads and retires the checkpoints of one training run. What lies where: checkpoint/run.hpp.
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/checkpoint/async_save.hpp>
 #include <dcp/checkpoint/load.hpp>
 #include <dcp/checkpoint/options.hpp>
@@ -16,10 +17,8 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -84,10 +83,10 @@ class CheckpointManager : detail::a_storage<S>, detail::a_stager<T> {
       }
       detail::Run<> run{place.medium, here};
       // A dcp-saver of a program that was killed finishes what it was given: that is the newest checkpoint then.
-      auto const until = std::chrono::steady_clock::now() + settings.deadline;
-      while (run.clean() && std::chrono::steady_clock::now() < until) {
+      auto const until = detail::SteadyClock::now() + settings.deadline;
+      while (run.clean() && detail::SteadyClock::now() < until) {
         comm_.progress();
-        std::this_thread::sleep_for(std::chrono::milliseconds{20});
+        detail::this_thread::sleep_for(std::chrono::milliseconds{20});
       }
       block_bytes_ = place.medium->block_bytes(here);
       for (auto const& one : run.checkpoints()) sequence_ = std::max(sequence_, one.sequence);
@@ -163,7 +162,7 @@ class CheckpointManager : detail::a_storage<S>, detail::a_stager<T> {
   template <class Rep, class Period>
   bool flush(std::chrono::duration<Rep, Period> time) {
     if (!last_ || last_->waited) return true;
-    auto const until = std::chrono::steady_clock::now() + std::chrono::ceil<std::chrono::milliseconds>(time);
+    auto const until = detail::SteadyClock::now() + std::chrono::ceil<std::chrono::milliseconds>(time);
     return last_->wait_until(until);
   }
 

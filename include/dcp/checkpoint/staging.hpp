@@ -4,6 +4,7 @@
 
 #include <dcp/base/checksum.hpp>
 #include <dcp/base/config.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/checkpoint/background.hpp>
 #include <dcp/checkpoint/exchange.hpp>
 #include <dcp/checkpoint/file_writer.hpp>
@@ -17,7 +18,6 @@
 #include <dcp/io/workers.hpp>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -25,7 +25,6 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -56,7 +55,7 @@ struct Stage {
   }
 
  private:
-  static std::size_t copy_threads() { return std::clamp<std::size_t>(std::thread::hardware_concurrency() / 2, 1, 4); }
+  static std::size_t copy_threads() { return std::clamp<std::size_t>(Thread::hardware_concurrency() / 2, 1, 4); }
 };
 
 template <class = Deferred>
@@ -86,7 +85,7 @@ class Stages {
     static auto* const one = new Stages;
     return *one;
   }
-  std::mutex mutex_;
+  Mutex mutex_;
   std::vector<std::shared_ptr<Stage<>>> stages_;
 };
 
@@ -233,7 +232,7 @@ class Staging final : public StagingWork {
   std::chrono::milliseconds deadline_;
   std::uint64_t round_bytes_ = 0;
   bool begun_ = false, exchanged_ = false, finished_ = false, guarding_ = false;
-  std::atomic<std::uint64_t> open_{1};   // jobs that have not ended, the exchange, the guard
+  Atomic<std::uint64_t> open_{1};   // jobs that have not ended, the exchange, the guard
   std::vector<std::uint64_t> remembered_;
 };
 
