@@ -14,6 +14,7 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <chrono>
@@ -247,11 +248,11 @@ void next_save_works(Stepped const& medium, std::string const& place) {
 // --- the searches
 
 // How far a search goes: one deviation at steps, one anywhere, or that and two at steps; in a long run each as far as the next, and the last one two
-// anywhere. And schedules at random.
+// anywhere. A sanitizer, which makes all of it slow, goes as far as the one before. And schedules at random.
 enum class Reach { steps, anywhere, pairs };
 
 void search(char const* name, Reach reach, std::function<void()> const& body) {
-  int const far = static_cast<int>(reach) + (dcp::test::long_run() ? 1 : 0);
+  int const far = std::max(0, static_cast<int>(reach) + (dcp::test::long_run() ? 1 : dcp::test::under_a_sanitizer ? -1 : 0));
   static std::vector<std::vector<Bounds>> const bounds{{{1, false}}, {{1, true}}, {{1, true}, {2, false}}, {{2, true}}};
   static std::uint64_t const seed = std::getenv("DCP_SEED") != nullptr ? std::strtoull(std::getenv("DCP_SEED"), nullptr, 10) : 1;
   auto const found = dcp::test::explore(name, bounds[static_cast<std::size_t>(far)], dcp::test::rounds(100, 5000), seed, body);
@@ -412,7 +413,7 @@ std::function<void()> dropped(int ranks, bool faults) {
 }
 
 // A source that changes while it is to be copied.
-std::function<void()> guarded() {
+[[maybe_unused]] std::function<void()> guarded() {
   return [] {
     Stepped medium;
     dcp::SelfComm self;
@@ -420,7 +421,6 @@ std::function<void()> guarded() {
     model.fill(1);
     dcp::Pending pending = dcp::async_save<Storage, Guarded>(self, {medium, "ckpt"}, model, options());
     let_others_run();
-    // Under the thread sanitizer the copy must be over: it would be the race that the guard is there to tell of.
     model.fill(2);
     auto const staged = error_of([&] { pending.wait_staged(); }), waited = error_of([&] { pending.wait(); });
     require(staged && staged->code() == dcp::ErrorCode::changed && waited && waited->code() == dcp::ErrorCode::changed, "the change is not told");
@@ -625,9 +625,11 @@ TEST_CASE("schedules: a Pending that is dropped at any time loses no failure") {
   search("dropped, 2 ranks, a failure", Reach::steps, dropped<dcp::CopyStager>(2, true));
 }
 
+#if !DCP_TEST_TSAN   // which would end it for what it is: a race
 TEST_CASE("schedules: a source that changes while it is to be copied is told of, and nothing is published") {
   search("guarded", Reach::anywhere, guarded());
 }
+#endif
 
 TEST_CASE("schedules: a reader beside a save that replaces finds the old checkpoint or the new one") {
   search("reader", Reach::pairs, reader());
@@ -654,6 +656,5 @@ TEST_CASE("schedules: a manager that goes while its save is under way loses neit
 
 TEST_CASE("schedules: a stager that returns before it has copied is found") {
   auto const found = dcp::test::explore("hasty", {{1, true}}, 0, 1, save_overwrite_wait<Hasty>(1, false, false));
-  MESSAGE("found after ", found.schedules + found.cut, " schedules");
-  CHECK(found.failure.find("torn") != std::string::npos);
+  CHECK((found.failure.find("torn") != std::string::npos || found.failure.find("exit status 66") != std::string::npos));   // a race, to the thread sanitizer
 }
