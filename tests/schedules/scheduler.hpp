@@ -361,6 +361,8 @@ class Scheduler {
     text += "  at " + std::to_string(now_ / 1000000) + " ms, after:\n";
     for (std::size_t i = notes_.size() - std::min<std::size_t>(notes_.size(), 40); i < notes_.size(); ++i) text += "    " + notes_[i] + "\n";
     std::snprintf(shared_.failure, sizeof shared_.failure, "%s", text.c_str());
+    if (mode_ == Mode::replay)
+      for (auto const& note : notes_) std::fprintf(stderr, "%s\n", note.c_str());
     leave_process(1);
   }
   static std::string deviations_in_words(Shared const& shared) {
@@ -487,7 +489,7 @@ class Scheduler {
     if (points_ > most_points) fail("a thread never comes to rest");
     if (mode_ == Mode::replay) {
       for (auto const& one : replayed)
-        if (one.point == point && one.alternative < count) return one.alternative;
+        if (one.point == point && one.alternative < count) return remember(point, one.alternative), one.alternative;
       return 0;
     }
     if (mode_ == Mode::random) {
@@ -542,7 +544,7 @@ class Scheduler {
     for (auto const& task : tasks_)
       if ((task->number == 0 && task->wait != Wait::ended) || task->wait == Wait::lock || task->wait == Wait::join) fail("deadlock: nobody can run");
     ++shared_.schedules;
-    if (shared_.points == 0) shared_.points = points_;
+    if (shared_.deviations == 0) shared_.points = points_;
     if (shared_.add(mix(state_, 99))) ++shared_.distinct;
     leave_process(0);
   }
@@ -613,7 +615,7 @@ inline void come_to_rest() {
 /// Searches all schedules of `body` within the bounds, then `random` more with any number of deviations. `body` is run in processes of its own, many
 /// times; it must do the same every time.
 ///
-/// Environment   DCP_SCHEDULE="<name>=<deviations>" runs that schedule only
+/// Environment   DCP_SCHEDULE="<name>=<deviations>" runs that schedule only, and prints its steps if it fails
 inline Found explore(char const* name, std::vector<Bounds> const& bounds, int random, std::uint64_t seed, std::function<void()> const& body) {
   using namespace schedules;
   // Every process of the search meets every page of it: a small one is fast.
