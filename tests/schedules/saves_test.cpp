@@ -315,6 +315,7 @@ std::function<void()> save_overwrite_wait(int ranks, bool a_file_each, bool faul
       });
       if (error) thrown.add();
       if (error && !faults) dcp::test::fail("a save failed without a reason: " + std::string{error->what()});
+      if (error && error->system_error() != EIO) dcp::test::fail("a rank is told another failure than the one that happened: " + std::string{error->what()});
     });
     look_at_the_end(medium);
     require(thrown == 0 || thrown == ranks, "ranks do not agree how it ended");
