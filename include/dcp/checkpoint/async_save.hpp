@@ -10,6 +10,7 @@
 //   in wait()     ranks tell each other how it ended
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/checkpoint/background.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/plan_cache.hpp>
@@ -29,7 +30,6 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -49,7 +49,7 @@ namespace detail {
 
 template <class = Deferred>
 struct ErrorHook {
-  std::mutex mutex;
+  Mutex mutex;
   std::function<void(Error const&)> hook;
   static ErrorHook& instance() {
     static auto* const one = new ErrorHook;   // threads that outlive main may use it

@@ -4,6 +4,7 @@
 // staging memory, uses no communicator, and keeps no reference to anything of the caller's.
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/checkpoint/file_writer.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/place.hpp>
@@ -18,9 +19,7 @@
 #include <dcp/io/staging_pool.hpp>
 #include <dcp/media/medium.hpp>
 
-#include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <exception>
 #include <functional>
@@ -411,14 +410,14 @@ class BackgroundSave {
   std::uint64_t pool_bytes_;
   Interruption interruption_;
   int wake_ = -1;   // for a thread that waits for another process
-  mutable std::mutex mutex_;
-  mutable std::condition_variable ended_;
-  std::condition_variable news_;
+  mutable Mutex mutex_;
+  mutable Condition ended_;
+  Condition news_;
   std::vector<Piece> pieces_;
   std::size_t next_ = 0;
   std::uint64_t staged_bytes_ = 0;
   bool staged_ = false, handed_over_ = false, closed_ = false, observed_ = false;
-  std::atomic<std::uint64_t> moves_{0};
+  Atomic<std::uint64_t> moves_{0};
   std::exception_ptr staging_failure_;
   std::unique_ptr<Attempt<>> attempt_;
   Stopwatch watch_;

@@ -4,6 +4,7 @@
 
 #include <dcp/base/config.hpp>
 #include <dcp/base/checksum.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/formats/commit_record.hpp>
 
 #include <algorithm>
@@ -68,7 +69,7 @@ class WrittenSums {
   std::map<std::string, FileSums> take() { return std::move(files_); }
 
  private:
-  std::mutex mutex_;
+  Mutex mutex_;
   std::map<std::string, FileSums> files_;
 };
 

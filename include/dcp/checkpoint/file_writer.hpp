@@ -4,6 +4,7 @@
 // end a sync of every file. Knows nothing of other ranks, nor where the bytes come from.
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/checkpoint/checksums.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/io/aligned_buffer.hpp>
@@ -12,7 +13,6 @@
 #include <dcp/plan/save_plan.hpp>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <exception>
 #include <functional>
@@ -199,10 +199,10 @@ class FileWriter {
   SaveSettings const& settings_;
   Budget budget_;
   std::vector<std::unique_ptr<WritableFile>> files_;
-  std::mutex open_mutex_;
+  Mutex open_mutex_;
   WrittenSums<> sums_;
   std::uint64_t total_ = 0, writes_ = 0;   // handed over
-  std::atomic<std::uint64_t> done_{0};
+  Atomic<std::uint64_t> done_{0};
   std::vector<Lane> lanes_;                // one per worker
   Workers<> workers_;                      // last: it ends before what its jobs use
 };

@@ -3,6 +3,7 @@
 // CheckpointManager: saves, finds, loads and retires the checkpoints of one training run. What lies where: checkpoint/run.hpp.
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/checkpoint/async_save.hpp>
 #include <dcp/checkpoint/load.hpp>
 #include <dcp/checkpoint/options.hpp>
@@ -16,10 +17,8 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -59,9 +58,9 @@ std::shared_ptr<Run<>> claim_root(CommRef comm, PlaceRef const& place, std::uniq
     std::string const path = place.medium->resolve_place(place.path + "/step");
     std::string const here = split_path(path).first;
     // That of a manager that was killed may look held for a while.
-    for (auto const until = std::chrono::steady_clock::now() + place.medium->lease_life();; std::this_thread::sleep_for(std::chrono::milliseconds{200})) {
+    for (auto const until = SteadyClock::now() + place.medium->lease_life();; this_thread::sleep_for(std::chrono::milliseconds{200})) {
       lease = place.medium->acquire_lease(here + '/' + std::string{manager_lease_name});
-      if (lease || std::chrono::steady_clock::now() >= until) break;
+      if (lease || SteadyClock::now() >= until) break;
       comm.progress();
     }
     if (!lease) {
@@ -69,7 +68,7 @@ std::shared_ptr<Run<>> claim_root(CommRef comm, PlaceRef const& place, std::uniq
       throw error.with_path(here).with_hint("one manager per run: give each its own directory, or end the other one first");
     }
     Run<> run{place.medium, here};
-    for (auto const until = std::chrono::steady_clock::now() + deadline; run.clean() && std::chrono::steady_clock::now() < until; std::this_thread::sleep_for(std::chrono::milliseconds{20})) comm.progress();
+    for (auto const until = SteadyClock::now() + deadline; run.clean() && SteadyClock::now() < until; this_thread::sleep_for(std::chrono::milliseconds{20})) comm.progress();
     return here;
   });
   return std::make_shared<Run<>>(place.medium, broadcast_text(comm, std::move(resolved), 0));
@@ -191,7 +190,7 @@ class CheckpointManager : detail::a_storage<S>, detail::a_stager<T> {
   template <class Rep, class Period>
   bool flush(std::chrono::duration<Rep, Period> time) {
     if (!last_ || last_->waited) return true;
-    auto const until = std::chrono::steady_clock::now() + std::chrono::ceil<std::chrono::milliseconds>(time);
+    auto const until = detail::SteadyClock::now() + std::chrono::ceil<std::chrono::milliseconds>(time);
     return last_->wait_until(until);
   }
 

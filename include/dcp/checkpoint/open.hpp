@@ -5,6 +5,7 @@
 
 #include <dcp/base/config.hpp>
 #include <dcp/base/algorithms.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/checkpoint/checksums.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/place.hpp>
@@ -72,7 +73,7 @@ class ChecksumTable {
   std::uint64_t size_ = 0;
   std::map<std::string, Entry> entries_;
   std::unique_ptr<ReadableFile> open_;
-  std::unique_ptr<std::mutex> mutex_ = std::make_unique<std::mutex>();
+  std::unique_ptr<Mutex> mutex_ = std::make_unique<Mutex>();
 };
 
 template <class = Deferred>

@@ -9,6 +9,7 @@
 
 #include <dcp/base/algorithms.hpp>
 #include <dcp/base/config.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/checkpoint/checksums.hpp>
 #include <dcp/checkpoint/open.hpp>
 #include <dcp/checkpoint/options.hpp>
@@ -20,7 +21,6 @@
 #include <dcp/plan/transfer_index.hpp>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -135,7 +135,7 @@ class Reader {
   }
 
   std::uint64_t verified_bytes = 0, unverified_bytes = 0;
-  std::atomic<std::uint64_t> verification_bytes{0}, over_read_bytes{0};
+  Atomic<std::uint64_t> verification_bytes{0}, over_read_bytes{0};
 
  private:
   static constexpr std::uint64_t slack = 4096;   // for elements that begin in a window and end behind it
@@ -439,9 +439,9 @@ class Reader {
   Stopwatch& watch_;
   bool verifies_ = false;
   std::vector<std::unique_ptr<ReadableFile>> files_;
-  std::mutex mutex_;
+  Mutex mutex_;
   std::vector<Contribution> contributions_;
-  std::atomic<std::uint64_t> done_{0}, operations_{0};
+  Atomic<std::uint64_t> done_{0}, operations_{0};
 };
 
 }  // namespace dcp::detail

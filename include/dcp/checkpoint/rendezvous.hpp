@@ -13,6 +13,7 @@
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/checksum.hpp>
 #include <dcp/base/config.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/checkpoint/checksums.hpp>
 #include <dcp/checkpoint/place.hpp>
 #include <dcp/comm/communicator.hpp>
@@ -21,7 +22,6 @@
 #include <algorithm>
 #include <charconv>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -73,8 +73,8 @@ class Interruption {
   }
 
  private:
-  mutable std::mutex mutex_;
-  std::condition_variable wake_;
+  mutable Mutex mutex_;
+  Condition wake_;
   Why why_ = Why::none;
   bool settled_ = false;
 };
@@ -83,7 +83,7 @@ class Interruption {
 template <class = Deferred>
 class Rendezvous {
  public:
-  using clock = std::chrono::steady_clock;
+  using clock = SteadyClock;
 
   /// `deadline`: how long a rank may give no sign of life
   Rendezvous(AnyMedium& medium, std::string place, std::string id, int rank, int ranks, std::chrono::milliseconds deadline, Interruption& interruption)

@@ -5,6 +5,7 @@
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/config.hpp>
 #include <dcp/base/text.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/comm/agree.hpp>
 
 #include <algorithm>
@@ -125,7 +126,7 @@ namespace detail {
 /// Times the phases of an operation on this rank.
 class Stopwatch {
  public:
-  using clock = std::chrono::steady_clock;
+  using clock = SteadyClock;
 
   template <class = Deferred>
   PhaseReport& enter(std::string name) {

@@ -13,6 +13,7 @@
 
 #include <dcp/base/algorithms.hpp>
 #include <dcp/base/config.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/checkpoint/agreement.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/place.hpp>
@@ -25,7 +26,6 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -36,7 +36,7 @@ namespace detail {
 template <class = Deferred>
 void require_shared(CommRef comm, AnyMedium& medium, std::string const& attempt, std::string const& id, std::chrono::milliseconds visible_within) {
   agree(comm, "save: attempt", [&] {
-    auto const until = std::chrono::steady_clock::now() + visible_within;
+    auto const until = SteadyClock::now() + visible_within;
     auto pause = std::chrono::milliseconds{1};
     for (;; pause = std::min(2 * pause, std::chrono::milliseconds{500})) {
       std::optional<CommitRecord> record;
@@ -48,14 +48,14 @@ void require_shared(CommRef comm, AnyMedium& medium, std::string const& attempt,
       }
       if (record && record->id == id) return;
       comm.progress();
-      if (std::chrono::steady_clock::now() + pause > until) {
+      if (SteadyClock::now() + pause > until) {
         Error error{ErrorCode::not_shared, "this directory is not shared by ranks 0 and " + std::to_string(comm.rank()) + ": rank 0 has made it, and rank " + std::to_string(comm.rank()) + " does not see it"};
         error.with_path(attempt);
         if (failure) error.with_errno(failure->system_error()).with_hint("what it found when it looked: " + failure->message());
         error.with_hint("every rank must see the same file system at this path; a node-local disk is none");
         throw error;
       }
-      std::this_thread::sleep_for(pause);
+      this_thread::sleep_for(pause);
     }
   });
 }

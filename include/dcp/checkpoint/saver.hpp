@@ -9,11 +9,11 @@
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/config.hpp>
 #include <dcp/base/error.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/base/version.hpp>
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <csignal>
@@ -114,7 +114,7 @@ class SaverLink {
  private:
   static constexpr std::size_t head_bytes = 9;
   int socket_;
-  std::atomic<bool> closed_{false};
+  Atomic<bool> closed_{false};
   Bytes unsent_, heard_;
   std::size_t sent_ = 0;
 };
@@ -158,8 +158,8 @@ class SaverProcess {
   /// `memory`: descriptor of the shared memory, of `bytes` bytes. Throws Error(unsupported, io) if it cannot be started.
   SaverProcess(std::string const& program, int memory, std::uint64_t bytes) : program_{program}, link_{start(program, memory, bytes)} {
     std::string version;
-    auto const until = std::chrono::steady_clock::now() + std::chrono::seconds{30};
-    while (version.empty() && std::chrono::steady_clock::now() < until)
+    auto const until = SteadyClock::now() + std::chrono::seconds{30};
+    while (version.empty() && SteadyClock::now() < until)
       if (!listen(-1, std::chrono::milliseconds{100}, [&](SaverWord, ConstByteSpan body) { version = as_text(body); })) break;
     if (version == saver_version()) return;
     std::string const why = version.empty() ? link_.closed() ? "it ended at once" : "it does not answer" : "it is of another version (" + version + ", not " + saver_version() + ")";
@@ -205,7 +205,7 @@ class SaverProcess {
  private:
   // Children that were let go, until they have ended: each time one is started or let go.
   static void reap(pid_t let_go) {
-    static std::mutex mutex;
+    static Mutex mutex;
     static auto* const left = new std::vector<pid_t>;
     std::lock_guard const lock{mutex};
     if (let_go > 0) left->push_back(let_go);

@@ -3,6 +3,7 @@
 // The program dcp-saver, but for its main(): examples/dcp-saver.
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/checkpoint/background.hpp>
 #include <dcp/checkpoint/save_job.hpp>
 #include <dcp/checkpoint/saver.hpp>
@@ -18,7 +19,6 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -109,7 +109,7 @@ class SaverService {
     };
     staged_ = told_ = false, moves_ = 0;
     current_ = std::make_unique<BackgroundSave<>>(std::move(job));
-    thread_ = std::thread{[save = current_.get()] { save->run(); }};
+    thread_ = Thread{[save = current_.get()] { save->run(); }};
   }
   void tell() {
     if (!current_ || told_) return;
@@ -141,14 +141,14 @@ class SaverService {
     link_.flush();
   }
 
-  std::mutex mutex_;   // of what is said
+  Mutex mutex_;   // of what is said
   SaverLink<> link_;
   std::byte const* memory_;
   std::uint64_t bytes_;
   bool staged_ = false, told_ = false;
   std::uint64_t moves_ = 0;
   std::unique_ptr<BackgroundSave<>> current_;
-  std::thread thread_;
+  Thread thread_;
 };
 
 }  // namespace detail

@@ -4,6 +4,7 @@
 // runs, run here for as many of the ranks as one likes. Nothing is written, and tensors need no memory.
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/checkpoint/save.hpp>
 #include <dcp/io/reserved_addresses.hpp>
 
@@ -130,7 +131,7 @@ namespace detail {
 
 template <class = Deferred>
 Simulation simulate(AnyStorage const& storage, SimulatedJob const& job, SaveSettings const& settings) {
-  using clock = std::chrono::steady_clock;
+  using clock = SteadyClock;
   auto const seconds_since = [](clock::time_point begin) { return std::chrono::duration<double>(clock::now() - begin).count(); };
   if (job.ranks < 1 || !job.state) throw Error{ErrorCode::invalid_argument, "a simulated job needs ranks, and the state of each"};
   check_resources(settings.memory_bytes, settings.threads);

@@ -4,6 +4,7 @@
 
 #include <dcp/base/checksum.hpp>
 #include <dcp/base/config.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/checkpoint/background.hpp>
 #include <dcp/checkpoint/exchange.hpp>
 #include <dcp/checkpoint/file_writer.hpp>
@@ -17,7 +18,6 @@
 #include <dcp/io/workers.hpp>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -25,7 +25,6 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -34,14 +33,13 @@ namespace dcp::detail {
 /// What saves of one rank in the background use again: staging memory, and the threads that copy into it.
 template <class = Deferred>
 struct Stage {
-  Stage(std::uint64_t staging_bytes, Executor executor)
-      : pool{std::make_shared<StagingPool<>>(staging_bytes, executor == Executor::process ? StagingPool<>::Sharing::with_processes : StagingPool<>::Sharing::own)}, workers{copy_threads()} {}
+  Stage(std::uint64_t staging_bytes, Executor executor, std::uint64_t bytes_of_a_piece = 4 * chunk_bytes)
+      : piece_bytes{bytes_of_a_piece}, pool{std::make_shared<StagingPool<>>(staging_bytes, executor == Executor::process ? StagingPool<>::Sharing::with_processes : StagingPool<>::Sharing::own)}, workers{copy_threads()} {}
+  std::uint64_t piece_bytes;               // that are copied, and written, at once
   std::shared_ptr<StagingPool<>> pool;
   std::shared_ptr<SaverProcess<>> saver;   // of Executor::process, from the first save on
   Workers<> workers;
   bool used = false;                       // by an earlier save
-
-  static constexpr std::uint64_t piece_bytes = 4 * chunk_bytes;
 
   bool shared() const { return pool->descriptor() >= 0; }
   /// Nobody uses it; a save that hangs may do so long after its end has been reported.
@@ -56,7 +54,7 @@ struct Stage {
   }
 
  private:
-  static std::size_t copy_threads() { return std::clamp<std::size_t>(std::thread::hardware_concurrency() / 2, 1, 4); }
+  static std::size_t copy_threads() { return std::clamp<std::size_t>(Thread::hardware_concurrency() / 2, 1, 4); }
 };
 
 template <class = Deferred>
@@ -86,7 +84,7 @@ class Stages {
     static auto* const one = new Stages;
     return *one;
   }
-  std::mutex mutex_;
+  Mutex mutex_;
   std::vector<std::shared_ptr<Stage<>>> stages_;
 };
 
@@ -99,7 +97,7 @@ class Staging final : public StagingWork {
   Staging(CommRef comm, std::shared_ptr<PlannedSave const> planned, std::shared_ptr<SavePlan const> plan, std::shared_ptr<Stage<>> stage, std::shared_ptr<BackgroundSave<>> save, SaveSettings const& settings, Stopwatch& watch)
       : comm_{comm}, planned_{std::move(planned)}, plan_{std::move(plan)}, stage_{std::move(stage)}, save_{std::move(save)}, watch_{watch}, deadline_{settings.deadline} {
     // What a round holds must leave room for what is on its way to the storage.
-    round_bytes_ = std::min(Budget::of(settings.memory_bytes, settings.threads).round_bytes, round_down(stage_->pool->capacity() / 4, Stage<>::piece_bytes));
+    round_bytes_ = std::min(Budget::of(settings.memory_bytes, settings.threads).round_bytes, round_down(stage_->pool->capacity() / 4, stage_->piece_bytes));
   }
   Staging(Staging const&) = delete;
   Staging& operator=(Staging const&) = delete;
@@ -166,7 +164,7 @@ class Staging final : public StagingWork {
   void direct(std::uint32_t f, FileRange range) {
     if (!begun_) copy(f, range);
   }
-  std::uint64_t most_bytes() const { return Stage<>::piece_bytes; }
+  std::uint64_t most_bytes() const { return stage_->piece_bytes; }
   Staged room(std::uint64_t bytes) {
     return take(bytes, [&] { comm_.progress(); });
   }
@@ -175,7 +173,7 @@ class Staging final : public StagingWork {
 
  private:
   void copy(std::uint32_t f, FileRange range) {
-    for_each_piece(range, Stage<>::piece_bytes, [&](std::uint64_t at, std::uint64_t end) {
+    for_each_piece(range, stage_->piece_bytes, [&](std::uint64_t at, std::uint64_t end) {
       submit([this, f, at, end] {
         Staged memory = take(end - at, [] {});
         std::uint64_t const held = plan_->gather(f, at, end, memory.bytes.data());
@@ -235,7 +233,7 @@ class Staging final : public StagingWork {
   std::chrono::milliseconds deadline_;
   std::uint64_t round_bytes_ = 0;
   bool begun_ = false, exchanged_ = false, finished_ = false, guarding_ = false;
-  std::atomic<std::uint64_t> open_{1};   // jobs that have not ended, the exchange, the guard
+  Atomic<std::uint64_t> open_{1};   // jobs that have not ended, the exchange, the guard
   std::vector<std::uint64_t> remembered_;
 };
 

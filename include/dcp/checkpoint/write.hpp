@@ -4,6 +4,7 @@
 // meanwhile, several writes at once.
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/checkpoint/exchange.hpp>
 #include <dcp/checkpoint/file_writer.hpp>
 #include <dcp/checkpoint/options.hpp>
@@ -14,7 +15,6 @@
 #include <dcp/plan/save_plan.hpp>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -90,7 +90,7 @@ class Writer {
   SavePlan const& plan_;
   SaveSettings const& settings_;
   Stopwatch& watch_;
-  std::atomic<std::int64_t> segments_in_flight_{0};
+  Atomic<std::int64_t> segments_in_flight_{0};
   Stopwatch::clock::time_point reported_ = Stopwatch::clock::now();
   FileWriter<> files_;   // last: it ends before what its jobs use
 };

@@ -21,6 +21,7 @@
 //             flight: it would reach whoever gets the communicator's number next), waiting 5 s at most. When poisoned, during
 //             an exception, after that wait or after MPI_Finalize, the duplicate is left alone instead.
 
+#include <dcp/base/threading.hpp>
 #include <dcp/comm/communicator.hpp>
 #include <dcp/comm/mpi_gossip.hpp>
 
@@ -28,7 +29,6 @@
 #include <exception>
 #include <map>
 #include <optional>
-#include <thread>
 
 namespace dcp {
 
@@ -58,8 +58,8 @@ class Backoff {
  public:
   void pause() {
     if (++turns_ < 50) return;
-    if (turns_ < 100) return std::this_thread::yield();
-    std::this_thread::sleep_for(std::chrono::microseconds{std::min(turns_ - 99, 200)});
+    if (turns_ < 100) return this_thread::yield();
+    this_thread::sleep_for(std::chrono::microseconds{std::min(turns_ - 99, 200)});
   }
 
  private:
@@ -84,11 +84,11 @@ class MpiComm {
     if (initialized == 0) throw Error{ErrorCode::invalid_argument, "an MpiComm before MPI_Init"};
     auto state = std::make_unique<detail::MpiState>();
     detail::check_mpi(MPI_Comm_idup(comm, &state->comm, &state->duplication), "MPI_Comm_idup");
-    auto const until = std::chrono::steady_clock::now() + deadline_;
+    auto const until = detail::SteadyClock::now() + deadline_;
     detail::Backoff backoff;
     for (int done = 0; done == 0; backoff.pause()) {
       detail::check_mpi(MPI_Test(&state->duplication, &done, MPI_STATUS_IGNORE), "MPI_Comm_idup");
-      if (done != 0 || std::chrono::steady_clock::now() < until) continue;
+      if (done != 0 || detail::SteadyClock::now() < until) continue;
       detail::leave_alone(std::move(state));
       throw Error{ErrorCode::timeout, "not all ranks of the MPI communicator made an MpiComm of it within " + std::to_string(deadline_.count()) + " ms"};
     }
@@ -293,10 +293,10 @@ class MpiComm {
                                                                  : " destroyed its communicator, and other ranks wait for it in a collective operation")}
                        .with_rank(rank(), size()),
                    false);
-      auto const until = std::chrono::steady_clock::now() + std::min<std::chrono::milliseconds>(deadline_, std::chrono::seconds{5});
+      auto const until = detail::SteadyClock::now() + std::min<std::chrono::milliseconds>(deadline_, std::chrono::seconds{5});
       detail::Backoff backoff;
       bool drained = false;
-      while (!unwinding && !(drained = gossip.drained()) && std::chrono::steady_clock::now() < until) backoff.pause();
+      while (!unwinding && !(drained = gossip.drained()) && detail::SteadyClock::now() < until) backoff.pause();
       if (drained) {
         detail::check_mpi(MPI_Comm_free(&state_->comm), "MPI_Comm_free");
         return state_.reset();

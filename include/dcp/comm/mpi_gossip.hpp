@@ -9,6 +9,7 @@
 // so that the Error names those that do not. A rank that stops for good says so and why; that is the last thing it sends, and
 // after it no receive is open, so that the communicator can be freed.
 
+#include <dcp/base/threading.hpp>
 #include <dcp/comm/communicator.hpp>
 
 #define OMPI_SKIP_MPICXX 1
@@ -41,7 +42,7 @@ void leave_alone(std::unique_ptr<T> object) {
 /// Signs of life between neighbours, and word of failures; see above.
 class MpiGossip {
  public:
-  using Clock = std::chrono::steady_clock;
+  using Clock = SteadyClock;
 
   MpiGossip(MPI_Comm comm, std::chrono::milliseconds deadline)
       : comm_{comm}, deadline_{deadline}, interval_{std::max<Clock::duration>(deadline / 16, std::chrono::milliseconds{1})} {

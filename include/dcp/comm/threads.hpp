@@ -13,16 +13,15 @@
 // What a rank brings is moved or copied to the heap: nobody reads the buffers of a rank that has already thrown.
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/comm/communicator.hpp>
 
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
 #include <exception>
 #include <map>
 #include <mutex>
 #include <optional>
-#include <thread>
 
 namespace dcp {
 
@@ -160,7 +159,7 @@ class ThreadWorld {
   }
 
  private:
-  using Clock = std::chrono::steady_clock;
+  using Clock = SteadyClock;
   struct Failure {
     std::vector<int> ranks;
     Error error;
@@ -207,9 +206,9 @@ class ThreadWorld {
 
   int const size_;
   std::chrono::milliseconds const deadline_;
-  std::atomic<Clock::rep> last_sign_{0};
-  std::mutex mutex_;
-  std::condition_variable arrived_;
+  Atomic<Clock::rep> last_sign_{0};
+  Mutex mutex_;
+  Condition arrived_;
   std::vector<Failure> failures_;              // in the order they happened
   std::vector<std::optional<Error>> told_;     // the first failure that was thrown on each rank
   std::exception_ptr first_thrown_;
@@ -319,7 +318,7 @@ void run_threads(int n, F&& body, std::chrono::milliseconds deadline) {
     world->leave(rank, thrown);
   };
 
-  std::vector<std::thread> threads;
+  std::vector<detail::Thread> threads;
   threads.reserve(static_cast<std::size_t>(n));
   bool started = true;
   try {
@@ -330,7 +329,7 @@ void run_threads(int n, F&& body, std::chrono::milliseconds deadline) {
     for (int rank = static_cast<int>(threads.size()) + 1; rank < n; ++rank) world->leave(rank, nullptr);
   }
   if (started) run(0);
-  for (std::thread& thread : threads) thread.join();
+  for (detail::Thread& thread : threads) thread.join();
   world->rethrow_first();
 }
 

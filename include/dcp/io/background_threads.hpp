@@ -3,14 +3,13 @@
 // Threads that outlive the call which gave them work.
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/threading.hpp>
 
 #include <chrono>
-#include <condition_variable>
 #include <cstddef>
 #include <functional>
 #include <mutex>
 #include <system_error>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -41,7 +40,7 @@ class BackgroundThreads {
     jobs_.push_back(std::move(job));
     if (idle_ < jobs_.size()) {
       try {
-        std::thread{[this] { serve(); }}.detach();
+        detail::Thread{[this] { serve(); }}.detach();
       } catch (std::system_error const&) {
         jobs_.pop_back();
         throw;
@@ -92,8 +91,8 @@ class BackgroundThreads {
     ended_.wait_for(lock, exit_deadline_, [&] { return active_ == 0 || process_ != ::getpid(); });
   }
 
-  std::mutex mutex_;
-  std::condition_variable wake_, ended_;
+  detail::Mutex mutex_;
+  detail::Condition wake_, ended_;
   std::vector<std::function<void()>> jobs_;
   std::size_t idle_ = 0, active_ = 0;   // active: waiting or running
   std::chrono::milliseconds exit_deadline_ = std::chrono::seconds{60};

@@ -7,11 +7,11 @@
 
 #include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/io/aligned_buffer.hpp>
 #include <dcp/io/file.hpp>
 
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
@@ -112,7 +112,7 @@ class DirectFile {
 
   FileHandle file_;
   std::uint64_t block_, size_ = 0;
-  std::atomic<bool> cut_{false};   // a write went beyond the size
+  detail::Atomic<bool> cut_{false};   // a write went beyond the size
 };
 
 }  // namespace dcp

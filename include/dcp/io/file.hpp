@@ -8,6 +8,7 @@
 #include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
+#include <dcp/base/threading.hpp>
 
 #include <algorithm>
 #include <array>
@@ -18,7 +19,6 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <thread>
 #include <utility>
 
 #include <fcntl.h>
@@ -64,7 +64,7 @@ std::string path_name(std::string_view path) {
 /// Example   auto file = retry_visible(std::chrono::seconds{30}, [&] { return medium.open_read(path); });
 template <class Action>
 auto retry_visible(std::chrono::milliseconds deadline, Action action) -> decltype(action()) {
-  using Clock = std::chrono::steady_clock;
+  using Clock = detail::SteadyClock;
   auto const end = Clock::now() + deadline;
   for (auto pause = std::chrono::milliseconds{1};; pause = std::min(2 * pause, std::chrono::milliseconds{100})) {
     try {
@@ -73,7 +73,7 @@ auto retry_visible(std::chrono::milliseconds deadline, Action action) -> decltyp
       bool const may_pass = error.code() == ErrorCode::missing_file || error.system_error() == ESTALE || error.system_error() == EEXIST;
       if (!may_pass || Clock::now() >= end) throw;
     }
-    std::this_thread::sleep_until(std::min(end, Clock::now() + pause));
+    detail::this_thread::sleep_until(std::min(end, Clock::now() + pause));
   }
 }
 

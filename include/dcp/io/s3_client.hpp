@@ -10,6 +10,7 @@
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/config.hpp>
 #include <dcp/base/error.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/io/s3_sign.hpp>
 
 #include <curl/curl.h>
@@ -18,7 +19,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <ctime>
@@ -28,7 +28,6 @@
 #include <mutex>
 #include <string>
 #include <string_view>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -126,7 +125,7 @@ class S3Client {
       auto pause = random_below(bound);
       bound = std::min(2 * bound, options_.longest_pause);
       pause = std::max(pause, std::min(retry_after(outcome.response), options_.longest_pause));
-      std::this_thread::sleep_for(pause);
+      detail::this_thread::sleep_for(pause);
     }
   }
   /// The same, but for a status that is not one of `fine`: an Error in words.
@@ -354,8 +353,8 @@ class S3Client {
   S3Credentials credentials_;
   std::string authority_;
   bool secure_ = true, virtual_host_ = false;
-  std::mutex mutex_;
-  std::condition_variable free_;
+  detail::Mutex mutex_;
+  detail::Condition free_;
   std::vector<CURL*> idle_;
   int busy_ = 0;
 };

@@ -5,6 +5,7 @@
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/config.hpp>
 #include <dcp/base/error.hpp>
+#include <dcp/base/threading.hpp>
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -12,7 +13,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
@@ -176,8 +176,8 @@ class StagingPool : public std::enable_shared_from_this<StagingPool<>> {
   std::uint64_t capacity_;
   int descriptor_ = -1;
   std::byte* memory_ = nullptr;
-  mutable std::mutex mutex_;
-  std::condition_variable room_;
+  mutable detail::Mutex mutex_;
+  detail::Condition room_;
   std::vector<Part> parts_;
   std::vector<std::uint64_t> waiting_;   // turns, the first first
   std::uint64_t next_turn_ = 0;

@@ -3,16 +3,15 @@
 // Jobs on threads of their own, while the caller's thread goes on with what only it may do (MPI).
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/threading.hpp>
 
 #include <algorithm>
 #include <chrono>
-#include <condition_variable>
 #include <cstddef>
 #include <exception>
 #include <functional>
 #include <mutex>
 #include <system_error>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -137,14 +136,14 @@ class Workers {
     next_ = 0;
   }
 
-  std::mutex mutex_;
-  std::condition_variable wake_, ended_;
+  detail::Mutex mutex_;
+  detail::Condition wake_, ended_;
   std::vector<Job> urgent_, jobs_;
   std::size_t next_ = 0;         // of jobs_
   std::size_t unfinished_ = 0;   // waiting or running
   std::exception_ptr failure_;
   bool stop_ = false;
-  std::vector<std::thread> threads_;
+  std::vector<detail::Thread> threads_;
 };
 
 }  // namespace dcp

@@ -7,6 +7,7 @@
 // Clocks of machines may differ by minutes; the age limit is far larger.
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/io/file.hpp>
 #include <dcp/media/medium.hpp>
 
@@ -15,7 +16,6 @@
 #include <cerrno>
 #include <charconv>
 #include <chrono>
-#include <condition_variable>
 #include <csignal>
 #include <cstdint>
 #include <ctime>
@@ -24,7 +24,6 @@
 #include <span>
 #include <string>
 #include <system_error>
-#include <thread>
 #include <utility>
 
 #include <sys/file.h>
@@ -109,10 +108,10 @@ class Heart {
   }
 
  private:
-  std::mutex mutex_;
-  std::condition_variable stopped_;
+  Mutex mutex_;
+  Condition stopped_;
   bool stop_ = false;
-  std::thread thread_;
+  Thread thread_;
 };
 
 template <class = Deferred>

@@ -8,6 +8,7 @@
 #include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/error.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/media/medium.hpp>
 
 #include <algorithm>
@@ -64,7 +65,7 @@ using MemoryNodePtr = std::shared_ptr<MemoryNode>;
 
 /// The tree; every function is called with `mutex` held.
 struct MemoryStore {
-  std::mutex mutex;
+  Mutex mutex;
   MemoryNodePtr root;
 
   template <class = Deferred>

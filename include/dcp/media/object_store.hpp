@@ -15,6 +15,7 @@
 #include <dcp/base/config.hpp>
 #include <dcp/base/error.hpp>
 #include <dcp/base/text.hpp>
+#include <dcp/base/threading.hpp>
 #include <dcp/io/s3_client.hpp>
 #include <dcp/io/s3_sign.hpp>
 #include <dcp/media/medium.hpp>
@@ -22,10 +23,8 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cerrno>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <ctime>
 #include <map>
@@ -35,7 +34,6 @@
 #include <string>
 #include <string_view>
 #include <system_error>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -221,7 +219,7 @@ class S3Store {
   }
 
   S3Client<> client_;
-  std::atomic<bool> conditions_{false};
+  Atomic<bool> conditions_{false};
 };
 using S3StorePtr = std::shared_ptr<S3Store<>>;
 
@@ -356,7 +354,7 @@ class ObjectWritableFile final : public WritableFile {
   S3StorePtr store_;
   std::string path_;
   S3Name name_;
-  std::mutex mutex_;
+  Mutex mutex_;
   std::map<std::uint64_t, Part> parts_;      // being filled
   std::map<std::uint64_t, Sent> sent_;       // in the store, or on their way
   std::string upload_;
@@ -432,7 +430,7 @@ class ObjectLease final : public Lease {
   ~ObjectLease() override {
     // A child made by fork has no thread, and holds nothing.
     if (::getpid() != owner_) {
-      static_cast<void>(new std::thread{std::move(thread_)});
+      static_cast<void>(new Thread{std::move(thread_)});
       return;
     }
     {
@@ -471,10 +469,10 @@ class ObjectLease final : public Lease {
   S3Name name_;
   std::string holder_, etag_;
   pid_t owner_ = ::getpid();
-  std::mutex mutex_;
-  std::condition_variable stopped_;
+  Mutex mutex_;
+  Condition stopped_;
   bool stop_ = false;
-  std::thread thread_;   // last: it uses the others
+  Thread thread_;   // last: it uses the others
 };
 
 }  // namespace detail
