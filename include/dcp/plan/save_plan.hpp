@@ -290,15 +290,15 @@ class SavePlan {
     });
   }
 
-  /// Copies what this rank holds of [begin, end) of a file to `out`. Returns the number of bytes.
-  template <class = Deferred>
-  std::uint64_t gather(std::uint32_t file, std::uint64_t begin, std::uint64_t end, std::byte* out) const {
+  /// Copies what this rank holds of [begin, end) of a file to `out`, with copy(to, from, bytes). Returns the number of bytes.
+  template <class Copy = PlainCopy>
+  std::uint64_t gather(std::uint32_t file, std::uint64_t begin, std::uint64_t end, std::byte* out, Copy copy = {}) const {
     std::uint64_t total = 0;
-    index_.for_each_touching(file, {begin, end}, [&](std::uint32_t t, std::int64_t, std::int64_t) { total += index_.gather(t, {begin, end}, out); });
+    index_.for_each_touching(file, {begin, end}, [&](std::uint32_t t, std::int64_t, std::int64_t) { total += index_.gather(t, {begin, end}, out, copy); });
     return total;
   }
   template <class = Deferred>
-  std::uint64_t gather_transfer(std::uint32_t t, FileRange range, std::byte* out) const { return index_.gather(t, range, out); }
+  std::uint64_t gather_transfer(std::uint32_t t, FileRange range, std::byte* out) const { return index_.gather(t, range, out, PlainCopy{}); }
 
  private:
   static constexpr std::size_t no_box = static_cast<std::size_t>(-1);

@@ -19,6 +19,11 @@ struct FileRange {
   std::uint64_t size() const { return end - begin; }
 };
 
+/// How gather() copies, unless it is told otherwise.
+struct PlainCopy {
+  void operator()(std::byte* to, std::byte const* from, std::size_t bytes) const { std::memcpy(to, from, bytes); }
+};
+
 class TransferIndex {
  public:
   TransferIndex() = default;
@@ -57,15 +62,15 @@ class TransferIndex {
     });
   }
 
-  /// Copies the bytes that transfer `at` has in `range` from memory to `out`, at their distance from the begin of the range. Returns
-  /// their number.
-  template <class = Deferred>
-  std::uint64_t gather(std::uint32_t at, FileRange range, std::byte* out) const {
+  /// Copies the bytes that transfer `at` has in `range` from memory to `out`, at their distance from the begin of the range, with copy(to, from, bytes).
+  /// Returns their number.
+  template <class Copy>
+  std::uint64_t gather(std::uint32_t at, FileRange range, std::byte* out, Copy copy) const {
     std::uint64_t total = 0;
     transfers_[at].for_each_run(first_touching(at, range.begin), transfers_[at].elements_before(range.end), [&](std::uint64_t position, std::byte const* memory, std::size_t bytes) {
       std::uint64_t const begin = std::max(position, range.begin), end = std::min(position + bytes, range.end);
       if (begin >= end) return;
-      std::memcpy(out + (begin - range.begin), memory + (begin - position), static_cast<std::size_t>(end - begin));
+      copy(out + (begin - range.begin), memory + (begin - position), static_cast<std::size_t>(end - begin));
       total += end - begin;
     });
     return total;
