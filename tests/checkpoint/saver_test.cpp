@@ -207,6 +207,45 @@ TEST_CASE("Executor::process: what it cannot do is refused before anything is wr
   CHECK(std::filesystem::is_empty(directory.path()));
 }
 
+TEST_CASE("Executor::process: ranks that want different executors are told so, and nothing is written") {
+  dcp::test::TemporaryDirectory directory;
+  dcp::run_threads(2, [&](dcp::ThreadComm& world) {
+    GenerationState state{world, 20};
+    auto const error = error_of([&] { static_cast<void>(dcp::async_save<dcp::SafeTensors>(world, directory / "ckpt", state, world.rank() == 0 ? by_process() : Options{})); });
+    REQUIRE(error);
+    CHECK(error->code() == dcp::ErrorCode::ranks_disagree);
+    CHECK(dcp::async_save<dcp::SafeTensors>(world, directory / "same", state, by_process()).wait().saver_processes.size() == 2);
+  });
+  CHECK(std::distance(std::filesystem::directory_iterator{directory.path()}, {}) == 1);
+}
+
+TEST_CASE("Executor::process: a saver that stands still is an error after the deadline, on all ranks, and the next save has a new one") {
+  dcp::test::TemporaryDirectory directory;
+  dcp::run_threads(2, [&](dcp::ThreadComm& world) {
+    GenerationState state{world, 20'000};
+    auto options = by_process();
+    options.deadline = 700ms;
+    dcp::CheckpointManager<dcp::SafeTensors> manager{world, directory.path(), {.save = options}};
+    state.fill(1);
+    auto const mine = static_cast<pid_t>(manager.save(1, state).saver_processes.at(static_cast<std::size_t>(world.rank())));
+    world.barrier();
+    if (world.rank() == 1) ::kill(mine, SIGSTOP);
+    world.barrier();
+    state.fill(2);
+    auto const error = error_of([&] { manager.async_save(2, state).wait(); });
+    REQUIRE(error);
+    CHECK(error->code() == dcp::ErrorCode::timeout);
+    world.barrier();
+    if (world.rank() == 1) ::kill(mine, SIGCONT);   // it finds out that nobody wants what it was given any more
+    state.fill(3);
+    auto const report = manager.save(3, state);
+    CHECK(report.saver_processes.at(1) != (world.rank() == 1 ? mine : 0));
+    state.scribble();
+    manager.load(*manager.latest(), state);
+    CHECK(state.generation() == 3);
+  });
+}
+
 TEST_CASE("Executor::process: errors of the storage come back with rank and file, and the next save works") {
   dcp::test::TemporaryDirectory directory;
   dcp::run_threads(2, [&](dcp::ThreadComm& world) {

@@ -245,6 +245,29 @@ TEST_CASE("DeferredStager: a failure of the storage behind the copy is thrown by
   });
 }
 
+TEST_CASE("DeferredStager: flush returns in time, also where the copy waits for a storage that does not answer") {
+  dcp::Memory const store;
+  auto const answers = std::make_shared<std::atomic<bool>>(false);   // the save that hangs outlives this test
+  Faulty medium{dcp::Memory{store}};
+  medium.add({.call = Call::write, .path = "safetensors", .times = dcp::test::forever, .hook = [answers](Call, std::string const&) {
+                while (!*answers) std::this_thread::sleep_for(1ms);
+              }});
+  dcp::run_threads(2, [&](dcp::ThreadComm& world) {
+    GenerationState state{world, 60'000};   // 61 MB, more than there is staging memory
+    dcp::CheckpointManager<OnFaulty, Deferred> manager{world, {medium, "run"}, {.staging_bytes = dcp::least_memory_bytes}};
+    dcp::Pending pending = manager.async_save(1, state);
+    auto const before = std::chrono::steady_clock::now();
+    CHECK(!manager.flush(200ms));
+    CHECK(std::chrono::steady_clock::now() - before < 20s);
+    world.barrier();
+    *answers = true;
+    auto const waited = error_of([&] { pending.wait(); });
+    REQUIRE(waited);
+    CHECK(waited->code() == dcp::ErrorCode::timeout);
+    CHECK(!manager.latest());
+  });
+}
+
 TEST_CASE("async_save: a storage that does not answer is an error after the deadline, also while the copy waits for room") {
   dcp::Memory const store;
   struct Gate {

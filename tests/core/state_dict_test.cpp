@@ -207,6 +207,24 @@ TEST_CASE("StateDict: entries can be added one by one, and copies are independen
   CHECK(moved.size() == 3);
 }
 
+TEST_CASE("StateDict: a revision is that of one list of entries only, wherever it is moved to") {
+  int a = 1, b = 2;
+  dcp::StateDict state{{"a", a}};
+  auto const one = state.revision();
+  CHECK(one != 0);
+  dcp::StateDict moved{std::move(state)};
+  CHECK(moved.revision() == one);
+  CHECK(dcp::StateDict{moved}.revision() != one);   // a copy is another list
+  state = dcp::StateDict{};
+  CHECK(state.empty());
+  CHECK(state.revision() == 0);
+  moved.add("b", b);
+  CHECK(moved.revision() != one);
+  dcp::StateDict const same{{"a", a}}, again{{"a", a}};
+  CHECK(same.revision() != again.revision());
+  CHECK(dcp::StateDict{}.revision() == 0);
+}
+
 TEST_CASE("StateDict: ties are entries, and nesting prefixes both of their names") {
   Linear linear;
   StateDict model{{"embed", linear}};

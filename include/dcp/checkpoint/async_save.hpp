@@ -119,6 +119,7 @@ struct PendingSave {
   bool wait_until(Stopwatch::clock::time_point until) {
     if (!waited) {
       if (staging) {
+        staging->give_up_at(until);
         try {
           wait_staged();
         } catch (...) {
@@ -191,7 +192,9 @@ struct PendingSave {
           if (failed && remoteness(*save, failed) <= remote) std::rethrow_exception(failed);
         });
     } catch (...) {
+      // One that has not ended does so as soon as its storage answers: what was said to have failed is not published later.
       if (save->state() != BackgroundSave<>::State::running) save->forget_attempt();
+      else save->interrupt(Interruption::Why::cancelled);
       throw;
     }
     report.warnings = save->warnings();
@@ -201,8 +204,10 @@ struct PendingSave {
     report.streamed = all_reduce_max(comm, save->streamed() ? 1 : 0) != 0;
     report.saver_processes = all_gather_value(comm, save->saver_process());
     std::erase(report.saver_processes, 0);
+    double const seconds = std::chrono::duration<double>(save->watch().end() - watch.begin()).count();
     watch.collect(comm, report);
     save->watch().collect(comm, report);
+    report.seconds = std::ranges::max(all_gather_value(comm, seconds));   // not those until somebody waited
   }
 };
 
@@ -335,7 +340,8 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
     });
     stager.begin(*pending->staging);
     pending->report.deferred = !pending->staging->finished();
-    if (!pending->report.deferred) pending->settle_staging();
+    if (pending->report.deferred) save.hurry();
+    else pending->settle_staging();
   } catch (...) {
     auto const failure = std::current_exception();
     save.observe();

@@ -58,6 +58,15 @@ class BackgroundSave {
       staged_bytes_ += memory.bytes.size();
       if (closed_) return;   // it has failed, and writes nothing any more
       pieces_.push_back({f, position, std::move(memory)});
+      if (!may_write()) return;
+    }
+    wake();
+  }
+  /// The copy waits for staging memory, or nobody waits for the copy: what has been copied may be written meanwhile.
+  void hurry() {
+    {
+      std::lock_guard const lock{mutex_};
+      if (std::exchange(hurried_, true)) return;
     }
     wake();
   }
@@ -74,6 +83,7 @@ class BackgroundSave {
   /// Ends it as soon as it can, unless it is committed already. Local.
   void interrupt(Interruption::Why why) {
     interruption_.interrupt(why);
+    { std::lock_guard const lock{mutex_}; }   // who has not seen it yet waits by now, and is woken
     wake();
   }
   /// Whether it was ended because of what another rank did.
@@ -151,6 +161,7 @@ class BackgroundSave {
   void run() noexcept {
     std::exception_ptr failure;
     try {
+      leave_to_the_copy();
       if (job_.saver) save_elsewhere(*job_.saver);
       else save_here();
     } catch (...) {
@@ -190,6 +201,12 @@ class BackgroundSave {
   void stop_pool(std::exception_ptr const& failure) const {
     if (job_.pool) job_.pool->stop(copy_of(failure));
   }
+  // With the lock held. Until all has been copied, the processors and the memory belong to the copy, which somebody waits for.
+  bool may_write() const { return staged_ || hurried_ || staged_bytes_ > pool_bytes_ / 2; }
+  void leave_to_the_copy() {
+    std::unique_lock lock{mutex_};
+    news_.wait(lock, [&] { return may_write() || interruption_.why() != Interruption::Why::none; });
+  }
   void wake() {
     news_.notify_all();
     if (wake_ >= 0) ::eventfd_write(wake_, 1);
@@ -224,7 +241,7 @@ class BackgroundSave {
       std::exception_ptr staging_failure;
       {
         std::lock_guard const lock{mutex_};
-        pieces.swap(pieces_);
+        if (may_write()) pieces.swap(pieces_);
         staged = staged_, staging_failure = staging_failure_;
       }
       for (auto& piece : pieces) {
@@ -310,6 +327,7 @@ class BackgroundSave {
           [&] {
             watch_.here().bytes += writer.total_bytes();
             watch_.here().operations += writer.writes();
+            watch_.note("hash", writer.hashing());
             enter("sync");
           });
       watch_.here().operations += writer.open_files();
@@ -361,9 +379,9 @@ class BackgroundSave {
     for (;;) {
       {
         std::unique_lock lock{mutex_};
-        news_.wait_for(lock, std::chrono::milliseconds{20}, [&] { return next_ < pieces_.size() || staged_ || interruption_.why() != Interruption::Why::none; });
+        news_.wait_for(lock, std::chrono::milliseconds{20}, [&] { return (next_ < pieces_.size() && may_write()) || staged_ || interruption_.why() != Interruption::Why::none; });
         if (staging_failure_) std::rethrow_exception(staging_failure_);
-        if (next_ < pieces_.size()) {
+        if (next_ < pieces_.size() && may_write()) {
           Piece piece = std::move(pieces_[next_++]);
           if (next_ == pieces_.size()) pieces_.clear(), next_ = 0;
           return piece;
@@ -416,7 +434,7 @@ class BackgroundSave {
   std::vector<Piece> pieces_;
   std::size_t next_ = 0;
   std::uint64_t staged_bytes_ = 0;
-  bool staged_ = false, handed_over_ = false, closed_ = false, observed_ = false;
+  bool staged_ = false, hurried_ = false, handed_over_ = false, closed_ = false, observed_ = false;
   Atomic<std::uint64_t> moves_{0};
   std::exception_ptr staging_failure_;
   std::unique_ptr<Attempt<>> attempt_;

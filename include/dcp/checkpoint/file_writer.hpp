@@ -7,12 +7,14 @@
 #include <dcp/base/threading.hpp>
 #include <dcp/checkpoint/checksums.hpp>
 #include <dcp/checkpoint/options.hpp>
+#include <dcp/checkpoint/report.hpp>
 #include <dcp/io/aligned_buffer.hpp>
 #include <dcp/io/workers.hpp>
 #include <dcp/media/medium.hpp>
 #include <dcp/plan/save_plan.hpp>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <exception>
 #include <functional>
@@ -113,6 +115,11 @@ class FileWriter {
   std::uint64_t total_bytes() const { return total_; }
   std::uint64_t done_bytes() const { return done_; }
   std::uint64_t writes() const { return writes_; }
+  /// What checksums have taken, of all threads together.
+  template <class = Deferred>
+  PhaseReport hashing() const {
+    return {std::chrono::duration<double>(std::chrono::nanoseconds{hashing_.load()}).count(), settings_.checksums ? done_.load() : 0, settings_.checksums ? writes_ : 0};
+  }
   template <class = Deferred>
   std::uint64_t open_files() const { return static_cast<std::uint64_t>(std::count_if(files_.begin(), files_.end(), [](auto const& file) { return file != nullptr; })); }
 
@@ -146,6 +153,7 @@ class FileWriter {
   void put(std::uint32_t f, FileRange range, ByteSpan bytes, Fill const& fill, Put put_into) {
     constexpr std::uint64_t cached_bytes = 256 << 10;
     PlannedFile const& planned = planned_[f];
+    SteadyClock::duration hashing{};
     try {
       std::vector<std::pair<std::uint64_t, ChunkSum>> sums;
       for (std::uint64_t at = range.begin; at < range.end;) {
@@ -154,12 +162,17 @@ class FileWriter {
         while (at < end) {
           auto const part = bytes.subspan(static_cast<std::size_t>(at - range.begin), static_cast<std::size_t>(std::min(end, round_down(at, cached_bytes) + cached_bytes) - at));
           if (fill) fill(at, part);
-          if (settings_.checksums) crc.add(at % chunk_bytes, part);
+          if (settings_.checksums) {
+            auto const begun = SteadyClock::now();
+            crc.add(at % chunk_bytes, part);
+            hashing += SteadyClock::now() - begun;
+          }
           at += part.size();
         }
         sums.emplace_back(chunk, ChunkSum{crc.contribution(), end - begin});
       }
       sums_.add(planned.path, planned.size, sums);
+      hashing_ += std::chrono::nanoseconds{hashing}.count();
       put_into(file(f));
     } catch (Error& error) {
       throw error.with_path(directory_ + '/' + planned.path).with_range(range.begin, range.end);
@@ -203,6 +216,7 @@ class FileWriter {
   WrittenSums<> sums_;
   std::uint64_t total_ = 0, writes_ = 0;   // handed over
   Atomic<std::uint64_t> done_{0};
+  Atomic<std::int64_t> hashing_{0};        // nanoseconds
   std::vector<Lane> lanes_;                // one per worker
   Workers<> workers_;                      // last: it ends before what its jobs use
 };

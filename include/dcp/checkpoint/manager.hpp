@@ -132,6 +132,7 @@ class CheckpointManager : detail::a_storage<S>, detail::a_stager<T> {
   /// The same behind the program: returns when the state has been copied. Asks the storage nothing, so that the call is not held up by it; that the step is
   /// there already is then an Error of wait().
   Pending async_save(std::int64_t step, StateDict const& state, std::optional<double> metric = {}) {
+    auto const begun = detail::SteadyClock::now();
     if (!settle_last(options_.if_busy)) {
       auto skipped = std::make_shared<detail::PendingSave<>>(detail::PendingSave<>{comm_, nullptr, {}, {}, true, nullptr});
       skipped->report.operation = "save", skipped->report.place = run_->place_of_step(step), skipped->report.ranks = comm_.size(), skipped->report.skipped = true;
@@ -156,6 +157,7 @@ class CheckpointManager : detail::a_storage<S>, detail::a_stager<T> {
     });
     detail::KnownPlace const known{run_->place_of_step(step), block_bytes_};
     last_ = detail::begin_save(comm_, *storage_, where(step), state, detail::settings_of(options_.save), detail::StagerRef::of<T>(), stage_, std::move(commit), options_.events, &cache_, &known);
+    last_->report.stall_seconds = std::chrono::duration<double>(detail::SteadyClock::now() - begun).count();
     return {last_, {}};
   }
 
@@ -186,7 +188,8 @@ class CheckpointManager : detail::a_storage<S>, detail::a_stager<T> {
   /// Waits for the save that is under way. Throws what any rank threw.
   void wait() { settle_last(IfBusy::wait); }
   /// Waits for it, but no longer than `time`: whether nothing is under way any more. For the end of a job that was told to go (SIGTERM). A save that is not
-  /// complete goes on until the process ends; the checkpoint before it stays. Throws what any rank threw.
+  /// complete goes on until the process ends; the checkpoint before it stays. Of a deferred stager's, the copy is made first, and a save whose state has not been
+  /// copied by then ends. Throws what any rank threw.
   template <class Rep, class Period>
   bool flush(std::chrono::duration<Rep, Period> time) {
     if (!last_ || last_->waited) return true;

@@ -23,9 +23,13 @@ template <class = Deferred>
 class PlanCache {
  public:
   /// A number that is the same on all ranks while they have remembered the same saves; 0 if `state` is not what was remembered here. Local; does not throw.
-  std::uint64_t match(StateDict const& state, std::string const& options) const {
+  std::uint64_t match(StateDict const& state, std::string const& options) {
     if (!planned_ || options != planned_->options || state.entries().size() != entries_.size()) return 0;
-    return std::equal(entries_.begin(), entries_.end(), state.entries().begin(), [](Known const& known, StateEntry const& entry) { return known.is(entry); }) ? generation_ : 0;
+    if (state.revision() != revision_) {
+      if (!std::equal(entries_.begin(), entries_.end(), state.entries().begin(), [](Known const& known, StateEntry const& entry) { return known.is(entry); })) return 0;
+      revision_ = state.revision();
+    }
+    return generation_;
   }
   /// The plan of what matched, with the entries of `state`, which lie where those that were remembered did.
   std::shared_ptr<PlannedSave> rebound(StateDict const& state) {
@@ -41,6 +45,7 @@ class PlanCache {
     planned_ = std::move(planned);
     writes_.reset();
     ++generation_;
+    revision_ = state.revision();
     entries_.clear();
     entries_.reserve(state.entries().size());
     for (auto const& entry : state.entries()) entries_.emplace_back(entry);
@@ -88,6 +93,7 @@ class PlanCache {
   std::vector<Known> entries_;
   std::vector<std::size_t> tensors_, values_;   // where in a state the tensors and values of `planned_` are
   std::uint64_t generation_ = 0;
+  std::uint64_t revision_ = 0;                  // of a state that is equal to what was remembered
 };
 
 }  // namespace dcp::detail

@@ -18,7 +18,7 @@
 
 namespace dcp {
 
-/// One phase of an operation on one rank.
+/// One phase of an operation on one rank. Of a save, "hash" is a part of "write": the seconds of all threads that compute checksums, one after the other.
 struct PhaseReport {
   double seconds = 0;
   std::uint64_t bytes = 0, operations = 0;
@@ -53,11 +53,11 @@ struct Report {
   std::string place;
   std::string id;                        // of the commit; empty for a foreign checkpoint
   int ranks = 0;
-  double seconds = 0;                    // of the slowest rank
+  double seconds = 0;                    // of the slowest rank; of a save in the background, from the call until the rank's part had ended
   std::uint64_t tensors = 0, values = 0; // entries stored or loaded
   std::uint64_t tensor_bytes = 0;        // of them, each element once
   // Of a save in the background.
-  double stall_seconds = 0;              // that the call took, on the slowest rank
+  double stall_seconds = 0;              // that the call took, on the slowest rank; with the wait for a save before, where it had to wait
   double wait_staged_seconds = 0;        // that wait_staged took, there; with a stager that copies inside the call there is nothing to wait for
   std::string stager;                    // "copy", "deferred"
   bool deferred = false;                 // the call returned before the copy was made
@@ -96,7 +96,7 @@ struct Report {
     if (!report.stager.empty())
       out << "\n  stall     " << number(report.stall_seconds) << " s" << (report.deferred ? " and " + number(report.wait_staged_seconds) + " s in wait_staged" : std::string{}) << ", " << human_bytes(report.staged_bytes) << " copied" << (report.streamed ? "; more than staging memory holds, so that it was written meanwhile" : "") << (report.plan_reused ? "; with the plan of the save before" : "") << (report.saver_processes.empty() ? "" : "; written by dcp-saver");
     for (auto const& phase : report.phases) {
-      out << "\n  " << phase.name << std::string(phase.name.size() < 10 ? 10 - phase.name.size() : 1, ' ') << number(phase.longest()) << " s";
+      out << "\n  " << phase.name << std::string(phase.name.size() < 10 ? 10 - phase.name.size() : 1, ' ') << number(phase.longest()) << " s" << (phase.name == "hash" ? " of the threads that write" : "");
       if (phase.bytes() > 0) out << ", " << human_bytes(phase.bytes()) << " in " << phase.operations() << " operations";
     }
     auto const list = [&](char const* what, std::vector<std::string> const& names) {
@@ -154,6 +154,12 @@ class Stopwatch {
       mine_.back() = {seconds, moved, in.number<std::uint64_t>()};
     }
   }
+  /// What has been measured elsewhere, as a phase beside the one that this rank is in.
+  template <class = Deferred>
+  void note(std::string name, PhaseReport const& measured) {
+    names_.push_back(std::move(name));
+    mine_.push_back(measured);
+  }
   template <class = Deferred>
   void leave() {
     auto const now = clock::now();
@@ -161,6 +167,9 @@ class Stopwatch {
     current_ = static_cast<std::size_t>(-1);
     last_ = now;
   }
+  /// When it was made, and when the last phase ended.
+  clock::time_point begin() const { return begin_; }
+  clock::time_point end() const { return last_; }
   std::string const& phase() const { return names_[current_]; }
   PhaseReport& here() { return mine_[current_]; }
 

@@ -15,6 +15,7 @@
 #include <dcp/checkpoint/stager.hpp>
 #include <dcp/comm/agree.hpp>
 #include <dcp/io/staging_pool.hpp>
+#include <dcp/io/stream_copy.hpp>
 #include <dcp/io/workers.hpp>
 
 #include <algorithm>
@@ -127,10 +128,18 @@ class Staging final : public StagingWork {
   }
   void finish_copies() override {
     watch_.enter("stage");
-    agree(comm_, "save: stage", [&] { stage_->workers.finish([&] { comm_.progress(); }); });
+    agree(comm_, "save: stage", [&] {
+      stage_->workers.finish([&] {
+        comm_.progress();
+        check_time();
+      });
+    });
     watch_.here().bytes += save_->staged_bytes();
     finished_ = true;
   }
+
+  /// Who waits for memory or for copies later than that throws Error(timeout).
+  void give_up_at(Stopwatch::clock::time_point until) { until_ = until.time_since_epoch().count(); }
 
   /// Whether a stager has done all that it must, and everything has been copied. Local.
   bool finished() const { return exchanged_ && finished_; }
@@ -176,7 +185,7 @@ class Staging final : public StagingWork {
     for_each_piece(range, stage_->piece_bytes, [&](std::uint64_t at, std::uint64_t end) {
       submit([this, f, at, end] {
         Staged memory = take(end - at, [] {});
-        std::uint64_t const held = plan_->gather(f, at, end, memory.bytes.data());
+        std::uint64_t const held = plan_->gather(f, at, end, memory.bytes.data(), [](std::byte* to, std::byte const* from, std::size_t bytes) { stream_copy(to, from, bytes); });
         if (held != end - at) throw Error{ErrorCode::incomplete, "this rank holds " + std::to_string(held) + " of " + std::to_string(end - at) + " bytes that it is to write"}.with_path(plan_->files()[f].path).with_range(at, end);
         save_->stage(f, at, std::move(memory));
       });
@@ -189,10 +198,15 @@ class Staging final : public StagingWork {
     auto last = Stopwatch::clock::now();
     return stage_->pool->take(bytes, [&] {
       meanwhile();
+      check_time();
+      save_->hurry();
       auto const now = Stopwatch::clock::now();
       if (std::exchange(moves, save_->moves()) != moves) last = now;
       if (now - last > deadline_) throw Error{ErrorCode::timeout, "staging memory is full, and nothing has been written for " + std::to_string(deadline_.count()) + " ms: the storage does not answer"};
     });
+  }
+  void check_time() const {
+    if (Stopwatch::clock::now().time_since_epoch().count() > until_) throw Error{ErrorCode::timeout, "the state was not copied in the time that there was for it: the storage takes what is staged too slowly"};
   }
   template <class Job>
   void submit(Job job) {
@@ -231,6 +245,7 @@ class Staging final : public StagingWork {
   std::shared_ptr<BackgroundSave<>> save_;
   Stopwatch& watch_;
   std::chrono::milliseconds deadline_;
+  Atomic<Stopwatch::clock::rep> until_{Stopwatch::clock::time_point::max().time_since_epoch().count()};
   std::uint64_t round_bytes_ = 0;
   bool begun_ = false, exchanged_ = false, finished_ = false, guarding_ = false;
   Atomic<std::uint64_t> open_{1};   // jobs that have not ended, the exchange, the guard

@@ -8,6 +8,7 @@
 #include <dcp/core/tensor_view.hpp>
 #include <dcp/core/value.hpp>
 
+#include <atomic>
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
@@ -178,8 +179,11 @@ class StateDict {
     static_assert(sizeof(Name) == 0, "dcp: a state is a list of entries, and a brace pair is missing; write {{\"name\", x}}");
   }
 
-  StateDict(StateDict&&) = default;
-  StateDict& operator=(StateDict&&) = default;
+  StateDict(StateDict&& other) noexcept : entries_{std::move(other.entries_)}, hooks_{std::move(other.hooks_)}, revision_{std::exchange(other.revision_, 0)} { other.entries_.clear(), other.hooks_.clear(); }
+  StateDict& operator=(StateDict&& other) noexcept {
+    entries_.swap(other.entries_), hooks_.swap(other.hooks_), std::swap(revision_, other.revision_);
+    return *this;
+  }
   StateDict(StateDict const& other) { append(std::string{}, other); }
   StateDict& operator=(StateDict const& other) {
     StateDict copy{other};
@@ -208,6 +212,8 @@ class StateDict {
   // For drivers and for EntryOf specialisations.
   std::vector<StateEntry> const& entries() const { return entries_; }
   std::vector<AfterLoad> const& hooks() const { return hooks_; }
+  /// States of one revision have the same entries, which point to the same memory. 0 of an empty one.
+  std::uint64_t revision() const { return revision_; }
   template <class = Deferred>
   void add_tensor(std::string name, DType dtype, Layout const& layout, MemoryView const& memory) {
     StateEntry& entry = insert(std::move(name), StateEntry::Kind::tensor);
@@ -245,6 +251,8 @@ class StateDict {
     StateEntry& entry = entries_.emplace_back();
     entry.kind = kind;
     entry.name = std::move(name);
+    static std::atomic<std::uint64_t> revisions{0};
+    revision_ = ++revisions;
     return entry;
   }
   template <class T>
@@ -255,6 +263,7 @@ class StateDict {
 
   std::vector<StateEntry> entries_;
   std::vector<AfterLoad> hooks_;
+  std::uint64_t revision_ = 0;
 };
 
 inline Entry::Entry(std::string_view name, StateDict const& nested)

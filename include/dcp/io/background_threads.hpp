@@ -4,6 +4,7 @@
 
 #include <dcp/base/config.hpp>
 #include <dcp/base/threading.hpp>
+#include <dcp/io/library_thread.hpp>
 
 #include <chrono>
 #include <cstddef>
@@ -13,8 +14,6 @@
 #include <utility>
 #include <vector>
 
-#include <pthread.h>
-#include <signal.h>
 #include <unistd.h>
 
 namespace dcp {
@@ -67,9 +66,7 @@ class BackgroundThreads {
   };
 
   void serve() {
-    sigset_t all;
-    ::sigfillset(&all);
-    ::pthread_sigmask(SIG_BLOCK, &all, nullptr);
+    detail::become_library_thread();
     std::unique_lock lock{mutex_};
     for (;;) {
       ++idle_;

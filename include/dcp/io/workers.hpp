@@ -4,6 +4,7 @@
 
 #include <dcp/base/config.hpp>
 #include <dcp/base/threading.hpp>
+#include <dcp/io/library_thread.hpp>
 
 #include <algorithm>
 #include <chrono>
@@ -90,6 +91,7 @@ class Workers {
 
  private:
   void run(std::size_t thread) {
+    detail::become_library_thread();
     std::unique_lock lock{mutex_};
     for (;;) {
       wake_.wait(lock, [&] { return stop_ || waiting() > 0; });
