@@ -16,6 +16,7 @@
 #include <dcp/checkpoint/saver.hpp>
 #include <dcp/io/file.hpp>
 #include <dcp/io/io_priority.hpp>
+#include <dcp/io/library_thread.hpp>
 #include <dcp/io/staging_pool.hpp>
 #include <dcp/media/medium.hpp>
 
@@ -213,6 +214,7 @@ class BackgroundSave {
   }
 
   void save_here() {
+    become_background_thread();
     LowIoPriority<> const priority{job_.settings.low_io_priority};
     Rendezvous<> meeting{*job_.medium, job_.place, job_.id, job_.rank, job_.ranks, job_.settings.deadline, interruption_};
     try {
