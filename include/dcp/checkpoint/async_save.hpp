@@ -307,6 +307,7 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
   stage->pool->start();
   pending->report.stager = stager.name;
   pending->report.pool_reused = std::exchange(stage->used, true);
+  bool const remembered = cache != nullptr && settings.check == Check::values;
   auto const writes = agree(comm, "save: plan", [&] {
     stage->prepare(settings.saver_program);
     SaveJob job;
@@ -322,10 +323,10 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
     job.commit = std::move(commit);
     job.events = events;
     auto const make = [&](PlannedSave const& of) { return of.plan->writes(of.agreed, comm.rank(), comm.size(), {opened.block_bytes, writers_per_file(medium, settings.writers_per_file)}); };
-    auto plan = cache != nullptr && settings.check == Check::values ? cache->writes(opened.block_bytes, make) : std::make_shared<SavePlan const>(make(*planned));
-    job.empty_files = plan->empty_files();
+    auto planned_writes = remembered ? cache->writes(opened.block_bytes, make) : std::make_shared<PlannedWrites>(PlannedWrites{make(*planned)});
+    job.empty_files = planned_writes->plan.empty_files();
     pending->save = std::make_shared<BackgroundSave<>>(std::move(job));
-    return plan;
+    return planned_writes;
   });
   BackgroundSave<>& save = *pending->save;
   bool begun_behind = false;
@@ -335,7 +336,7 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
       begun_behind = true;
     });
     agree(comm, "save: stage", [&] {
-      pending->staging = std::make_unique<Staging<>>(comm, planned, writes, stage, pending->save, settings, watch);
+      pending->staging = std::make_unique<Staging<>>(comm, planned, writes, remembered, stage, pending->save, settings, watch);
       if (stager.guarded) pending->staging->remember();
     });
     stager.begin(*pending->staging);

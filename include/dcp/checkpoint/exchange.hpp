@@ -32,14 +32,63 @@ void for_each_piece(FileRange range, std::uint64_t grid, Visit visit) {
   }
 }
 
+/// The rounds of an exchange, for the next one with the same plan and the same bytes of a round, which need not plan them again.
+class ExchangeRounds {
+ public:
+  struct Round {
+    std::uint64_t first;   // of its windows
+    std::vector<SavePlan::Window> windows;
+  };
+
+  /// Of all ranks or of none.
+  bool known() const { return known_; }
+  std::vector<Round> const& all() const { return rounds_; }
+
+  /// Remembers a round, as long as all of them take little memory beside the transfers of `plan`.
+  template <class = Deferred>
+  void add(SavePlan const& plan, std::uint64_t first, std::vector<SavePlan::Window> windows) noexcept {
+    for (auto const& window : windows) ranges_ += window.outgoing.size() + window.direct.size() + window.gathered.size();
+    small_ = small_ && ranges_ <= 4 * plan.transfers().size() + 4096;
+    try {
+      if (small_) rounds_.push_back({first, std::move(windows)});
+    } catch (...) {
+      small_ = false;   // then they are planned again
+    }
+  }
+  /// There are no more. Collective.
+  template <class = Deferred>
+  void end(CommRef comm) {
+    known_ = all_reduce_min(comm, small_ ? 1 : 0) != 0;
+    if (!known_) rounds_ = {};
+  }
+  /// After a failure, or for another plan.
+  void forget() { *this = {}; }
+
+ private:
+  std::vector<Round> rounds_;
+  std::uint64_t ranges_ = 0;
+  bool small_ = true, known_ = false;
+};
+
+/// What a rank writes, and how its bytes come together.
+struct PlannedWrites {
+  SavePlan plan;
+  ExchangeRounds rounds{};
+};
+
 /// Visits what this rank writes without anybody's help, as Exchange gives it to its sink: visit(file, range). Local.
 template <class Visit>
-void for_each_own_range(SavePlan const& plan, std::int64_t ranks, std::uint64_t window_bytes, Visit visit) {
+void for_each_own_range(SavePlan const& plan, ExchangeRounds const* known, std::int64_t ranks, std::uint64_t window_bytes, Visit visit) {
   if (ranks > 1) {
     SharedWindows const windows{plan.files(), plan.slots(), window_bytes};
-    for (std::uint64_t w = 0; w < windows.size(); ++w) {
-      auto const at = windows[w];
-      for (auto const& range : plan.window(at.file, at.range.begin, at.range.end).direct) visit(at.file, range);
+    auto const visit_window = [&](std::uint64_t w, SavePlan::Window const& window) {
+      for (auto const& range : window.direct) visit(windows[w].file, range);
+    };
+    if (known != nullptr) {
+      for (auto const& round : known->all())
+        for (std::size_t w = 0; w < round.windows.size(); ++w) visit_window(round.first + w, round.windows[w]);
+    } else {
+      for (std::uint64_t w = 0; w < windows.size(); ++w) visit_window(w, plan.window(windows[w].file, windows[w].range.begin, windows[w].range.end));
     }
   }
   for (std::uint32_t f = 0; f < plan.files().size(); ++f)
@@ -58,9 +107,23 @@ class Exchange {
   Exchange(CommRef comm, SavePlan const& plan, std::uint64_t round_bytes, Stopwatch& watch, Sink& sink)
       : comm_{comm}, plan_{plan}, round_bytes_{round_bytes}, watch_{watch}, sink_{sink}, windows_{plan.files(), plan.slots(), round_bytes} {}
 
-  /// Rounds. In each, every rank looks ahead as far as the budget carries it; the shortest look decides how far all go. Collective.
-  void run() {
+  /// `rounds`: on all ranks of one exchange before, with the same plan and bytes; or they become those of this one. Collective.
+  void run(ExchangeRounds* rounds = nullptr) {
     watch_.enter("exchange");
+    if (rounds != nullptr && rounds->known()) {
+      for (auto const& known : rounds->all()) round(known.first, known.windows, nullptr);
+    } else {
+      if (rounds != nullptr) rounds->forget();
+      plan_and_run(rounds);
+      if (rounds != nullptr) rounds->end(comm_);
+    }
+    for (std::uint32_t f = 0; f < plan_.files().size(); ++f)
+      if (comm_.size() == 1 || plan_.files()[f].only_rank >= 0) sink_.direct(f, {0, plan_.files()[f].size});
+  }
+
+ private:
+  // Rounds. In each, every rank looks ahead as far as the budget carries it; the shortest look decides how far all go.
+  void plan_and_run(ExchangeRounds* rounds) {
     std::uint64_t const end = comm_.size() == 1 ? 0 : windows_.size();
     for (std::uint64_t next = 0; next < end;) {
       std::vector<SavePlan::Window> planned;
@@ -86,15 +149,11 @@ class Exchange {
       std::uint64_t const horizon = all_reduce_min(comm_, reach);
       planned.resize(static_cast<std::size_t>(horizon - next));
       round(next, planned, failure);
-      for (std::size_t w = 0; w < planned.size(); ++w)
-        for (auto const& range : planned[w].direct) sink_.direct(windows_[next + w].file, range);
+      if (rounds != nullptr) rounds->add(plan_, next, std::move(planned));
       next = horizon;
     }
-    for (std::uint32_t f = 0; f < plan_.files().size(); ++f)
-      if (comm_.size() == 1 || plan_.files()[f].only_rank >= 0) sink_.direct(f, {0, plan_.files()[f].size});
   }
 
- private:
   struct Segment {
     std::uint32_t file;
     FileRange range;
@@ -157,6 +216,8 @@ class Exchange {
       sink_.end_of_round();
       for (auto& segment : segments) sink_.ready(segment.file, segment.range, std::move(segment.memory));
     });
+    for (std::size_t w = 0; w < windows.size(); ++w)
+      for (auto const& range : windows[w].direct) sink_.direct(windows_[first + w].file, range);
   }
 
   static void accept(std::vector<Segment>& segments, std::uint32_t f, std::uint64_t begin, ConstByteSpan run) {

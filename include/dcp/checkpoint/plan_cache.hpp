@@ -4,9 +4,9 @@
 // plan again where it goes, nor write headers again. Values are new every time.
 
 #include <dcp/base/config.hpp>
+#include <dcp/checkpoint/exchange.hpp>
 #include <dcp/checkpoint/save.hpp>
 #include <dcp/core/state_dict.hpp>
-#include <dcp/plan/save_plan.hpp>
 
 #include <algorithm>
 #include <cstddef>
@@ -62,8 +62,8 @@ class PlanCache {
 
   /// The writes of what was remembered, as make(planned) makes them for blocks of `block_bytes`.
   template <class Make>
-  std::shared_ptr<SavePlan const> writes(std::uint64_t block_bytes, Make make) {
-    if (!writes_ || writes_->block_bytes() != block_bytes) writes_ = std::make_shared<SavePlan const>(make(*planned_));
+  std::shared_ptr<PlannedWrites> writes(std::uint64_t block_bytes, Make make) {
+    if (!writes_ || writes_->plan.block_bytes() != block_bytes) writes_ = std::make_shared<PlannedWrites>(PlannedWrites{make(*planned_)});
     return writes_;
   }
 
@@ -89,7 +89,7 @@ class PlanCache {
   };
 
   std::shared_ptr<PlannedSave> planned_;
-  std::shared_ptr<SavePlan const> writes_;
+  std::shared_ptr<PlannedWrites> writes_;
   std::vector<Known> entries_;
   std::vector<std::size_t> tensors_, values_;   // where in a state the tensors and values of `planned_` are
   std::uint64_t generation_ = 0;

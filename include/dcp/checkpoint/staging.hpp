@@ -95,8 +95,8 @@ class Stages {
 template <class = Deferred>
 class Staging final : public StagingWork {
  public:
-  Staging(CommRef comm, std::shared_ptr<PlannedSave const> planned, std::shared_ptr<SavePlan const> plan, std::shared_ptr<Stage<>> stage, std::shared_ptr<BackgroundSave<>> save, SaveSettings const& settings, Stopwatch& watch)
-      : comm_{comm}, planned_{std::move(planned)}, plan_{std::move(plan)}, stage_{std::move(stage)}, save_{std::move(save)}, watch_{watch}, deadline_{settings.deadline} {
+  Staging(CommRef comm, std::shared_ptr<PlannedSave const> planned, std::shared_ptr<PlannedWrites> writes, bool remembered, std::shared_ptr<Stage<>> stage, std::shared_ptr<BackgroundSave<>> save, SaveSettings const& settings, Stopwatch& watch)
+      : comm_{comm}, planned_{std::move(planned)}, writes_{std::move(writes)}, plan_{&writes_->plan}, rounds_{remembered ? &writes_->rounds : nullptr}, stage_{std::move(stage)}, save_{std::move(save)}, watch_{watch}, deadline_{settings.deadline} {
     // What a round holds must leave room for what is on its way to the storage.
     round_bytes_ = std::min(Budget::of(settings.memory_bytes, settings.threads).round_bytes, round_down(stage_->pool->capacity() / 4, stage_->piece_bytes));
   }
@@ -118,11 +118,12 @@ class Staging final : public StagingWork {
   // StagingWork
   void begin_copies() override {
     if (std::exchange(begun_, true)) return;
-    submit([this] { for_each_own_range(*plan_, comm_.size(), round_bytes_, [this](std::uint32_t f, FileRange range) { copy(f, range); }); });
+    auto const* const known = rounds_ != nullptr && rounds_->known() ? rounds_ : nullptr;
+    submit([this, known] { for_each_own_range(*plan_, known, comm_.size(), round_bytes_, [this](std::uint32_t f, FileRange range) { copy(f, range); }); });
   }
   void exchange() override {
     if (std::exchange(exchanged_, true)) return;
-    Exchange<Staging>{comm_, *plan_, round_bytes_, watch_, *this}.run();
+    Exchange<Staging>{comm_, *plan_, round_bytes_, watch_, *this}.run(rounds_);
     begun_ = true;
     one_ended();
   }
@@ -240,7 +241,9 @@ class Staging final : public StagingWork {
 
   CommRef comm_;
   std::shared_ptr<PlannedSave const> planned_;
-  std::shared_ptr<SavePlan const> plan_;
+  std::shared_ptr<PlannedWrites> writes_;
+  SavePlan const* plan_;
+  ExchangeRounds* rounds_;   // where they are of use to the next save
   std::shared_ptr<Stage<>> stage_;
   std::shared_ptr<BackgroundSave<>> save_;
   Stopwatch& watch_;
