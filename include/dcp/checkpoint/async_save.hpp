@@ -252,7 +252,7 @@ struct KnownPlace {
 /// What the caller's thread does. Collective.
 ///
 /// `known`   on all ranks: the call then asks the medium nothing, and cannot be held up by it; whether something is in the place is found out behind it
-/// `commit`  on rank 0: of its record `run` and the least sequence, and what is to be done when the checkpoint is in its place
+/// `commit`  `run`; and on rank 0 the least sequence, and what is to be done when the checkpoint is in its place
 template <class = Deferred>
 std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storage, PlaceRef const& place, StateDict const& state, SaveSettings const& settings, StagerRef stager, std::shared_ptr<Stage<>> const& stage, CommitWork commit = {},
                                           SaveEventCallback events = {}, PlanCache<>* cache = nullptr, KnownPlace const* known = nullptr) {
@@ -292,9 +292,7 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
     auto const id = random_id();
     std::copy_n(id.begin(), 16, result.id.begin());
     commit.extra = storage.extra_files();
-    CommitRecord record = record_of(storage, planned->agreed);
-    record.run = commit.record.run, record.sequence = commit.record.sequence;
-    commit.record = std::move(record);
+    commit.planned = {planned, &*planned->record};
     commit.values = std::move(values);
     return result;
   });

@@ -42,7 +42,7 @@ class BackgroundSave {
  public:
   enum class State : std::uint8_t { running, saved, failed };
 
-  explicit BackgroundSave(SaveJob job) : job_{std::move(job)}, step_{job_.commit.record.run.step}, pool_bytes_{job_.pool ? job_.pool->capacity() : 0} {
+  explicit BackgroundSave(SaveJob job) : job_{std::move(job)}, step_{job_.commit.run.step}, pool_bytes_{job_.pool ? job_.pool->capacity() : 0} {
     if (job_.saver && (wake_ = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0) throw system_failure(errno, "no descriptor to wake a thread with", "");
   }
   BackgroundSave(BackgroundSave const&) = delete;
@@ -294,7 +294,7 @@ class BackgroundSave {
     if (job_.rank == 0) {
       std::vector<std::string> carried;
       for (auto const& [name, bytes] : job_.commit.extra) carried.push_back(name);
-      attempt_ = std::make_unique<Attempt<>>(medium, job_.place, job_.settings.if_exists == IfExists::replace, carried, std::move(job_.commit.record), job_.id);
+      attempt_ = std::make_unique<Attempt<>>(medium, job_.place, job_.settings.if_exists == IfExists::replace, carried, job_.commit.record(), job_.id);
     } else {
       meeting.wait_for_attempt(job_.settings.visible_within);
     }

@@ -144,14 +144,14 @@ class CheckpointManager : detail::a_storage<S>, detail::a_stager<T> {
       if (!stage_->free()) stage_ = std::make_shared<detail::Stage<>>(options_.staging_bytes, options_.save.executor);
       if (step < 0) throw Error{ErrorCode::invalid_argument, "step " + std::to_string(step)};
       if (metric && !std::isfinite(*metric)) throw Error{ErrorCode::invalid_argument, "a metric that is no finite number"};
-      commit.record.run = {step, metric.has_value(), metric.value_or(0)};
+      commit.run = {step, metric.has_value(), metric.value_or(0)};
       commit.drains = next_ != nullptr;
       if (comm_.rank() != 0) return;
       if (next_) {
         sequence_ = std::max(sequence_, next_->newest);
         commit.drain = [next = next_, run = run_](std::function<void()> const& moved) { next->drain(*run, moved); };
       }
-      commit.record.sequence = ++sequence_;
+      commit.sequence = ++sequence_;
       commit.root = run_->root();
       commit.retention = {options_.keep_last, options_.keep_every, options_.keep_best, options_.best};
     });

@@ -293,7 +293,8 @@ void commit_attempt(AnyMedium& medium, Attempt<>& attempt, std::map<std::string,
 struct PlannedSave {
   AgreedState agreed;
   std::optional<PlannedState> plan;
-  std::string options;   // in effect, in words
+  std::optional<CommitRecord> record;   // on rank 0; but for values and files
+  std::string options;                  // in effect, in words
 };
 
 template <class = Deferred>
@@ -321,6 +322,7 @@ std::shared_ptr<PlannedSave> agree_and_plan(CommRef comm, AnyStorage const& stor
   Bytes own;
   planned->plan = agree(comm, "save: plan", [&] {
     own = own_values(planned->agreed, comm.rank());
+    if (comm.rank() == 0) planned->record = record_of(storage, planned->agreed);
     return PlannedState::of(planned->agreed, storage, comm.rank(), comm.size());
   });
   values = collect_values(comm, planned->agreed, own);
@@ -361,7 +363,7 @@ Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
       extra = storage.extra_files();
       std::vector<std::string> carried;
       for (auto const& [name, bytes] : extra) carried.push_back(name);
-      attempt = std::make_unique<Attempt<>>(medium, place.path, settings.if_exists == IfExists::replace, carried, record_of(storage, agreed));
+      attempt = std::make_unique<Attempt<>>(medium, place.path, settings.if_exists == IfExists::replace, carried, *planned->record);
       result.block_bytes = medium.block_bytes(attempt->path());
       std::copy_n(attempt->id().begin(), 16, result.id.begin());
       return result;

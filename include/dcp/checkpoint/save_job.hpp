@@ -35,7 +35,9 @@ namespace detail {
 
 /// What rank 0 needs besides for the commit.
 struct CommitWork {
-  CommitRecord record;
+  std::shared_ptr<CommitRecord const> planned;   // but for run and sequence, values and files
+  RecordRun run;                                 // on all ranks
+  std::uint64_t sequence = 0;                    // at least
   std::vector<std::pair<std::string, Value>> values;
   std::vector<std::pair<std::string, Bytes>> extra;
   // Of a manager: where `latest` and retention are put right after it; a failure of that is a warning.
@@ -44,6 +46,14 @@ struct CommitWork {
   // Of a save to two tiers: what is done before that, and whose failure is one of the save. It calls what it is given whenever something has moved.
   std::function<void(std::function<void()> const&)> drain;
   bool drains = false;   // on all ranks
+
+  /// Large where there are many tensors, and made behind the call.
+  template <class = Deferred>
+  CommitRecord record() const {
+    CommitRecord made = *planned;
+    made.run = run, made.sequence = sequence;
+    return made;
+  }
 };
 
 template <class>
@@ -82,7 +92,7 @@ Bytes encode(SaveJob const& job) {
   };
   small_files(job.files->commit_files);
   small_files(job.commit.extra);
-  CommitRecord record = job.commit.record;
+  CommitRecord record = job.commit.record();
   record.values = job.commit.values;
   Bytes large;
   Bytes const written = write_record(record, large);
@@ -124,9 +134,10 @@ SaveJob decode_job(ConstByteSpan bytes) {
     Retention& retention = job.commit.retention;
     retention.keep_last = in.number<std::int64_t>(), retention.keep_every = in.number<std::int64_t>(), retention.keep_best = in.number<std::int64_t>(), retention.best = in.number<Best>();
     if (in.ok()) {
-      job.commit.record = parse_record(record, large);
-      job.commit.values = std::move(job.commit.record.values);
-      job.commit.record.values.clear();
+      auto const planned = std::make_shared<CommitRecord>(parse_record(record, large));
+      job.commit.values = std::exchange(planned->values, {});
+      job.commit.run = planned->run, job.commit.sequence = planned->sequence;
+      job.commit.planned = planned;
     }
   }
   if (!in.done()) throw Error{ErrorCode::corrupt, "a damaged message about a save"};
