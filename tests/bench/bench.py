@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import random
 import platform
 import select
 import shutil
@@ -109,13 +110,12 @@ class Bench:
         self.compare(work, cache, figure("seconds", self.turns(contestants)), targets)
 
     def turns(self, contestants):
-        """`contestants`: name -> (side, verb, words, files to forget or None), run in turns. Returns name -> answers, without the first. Each turn begins with
-        another one: nobody is always the first after the other side, whose writes the disk may still be busy with."""
+        """`contestants`: name -> (side, verb, words, files to forget or None), run in turns. Returns name -> answers, without the first. Each turn has
+        an order of its own, and what one has left to be written is written before the next begins: nobody always comes after the same other one."""
         answers = {name: [] for name in contestants}
         for turn in range(self.repeats):
-            order = list(contestants.items())
-            first = turn % len(order)
-            for name, (side, verb, words, cold) in order[first:] + order[:first]:
+            for name, (side, verb, words, cold) in random.Random(turn).sample(list(contestants.items()), len(contestants)):
+                os.sync()
                 if cold is not None:
                     forget(cold)
                 answers[name].append(self.sides[side].do(verb, **words))
