@@ -17,6 +17,7 @@
 
 #include <atomic>
 #include <cerrno>
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -148,6 +149,31 @@ TEST_CASE("async_save: a part that is larger than staging memory streams through
     CHECK(report.streamed);
     dcp::load<dcp::SafeTensors>(world, place, state);
     CHECK(state.generation() == 5);
+  });
+}
+
+TEST_CASE("async_save: one rank's part streams through its staging memory while others have little to copy") {
+  dcp::Memory const store;
+  dcp::run_threads(3, [&](dcp::ThreadComm& world) {
+    for (std::int64_t const large : {0, 2}) {
+      CAPTURE(large);
+      using Rows = dcp::Placement<dcp::Shard<0>>;
+      auto const alone = dcp::DeviceMesh<2>{world, {3, 1}}.sub<1>({large});
+      dcp::Extents const shape{20'000, 1024};   // 82 MB
+      std::vector<float> memory(dcp::local_box<Rows>(alone, shape).size(), 3.0f);
+      CHECK(memory.empty() == (world.rank() != large));
+      GenerationState state{world, 700};   // which ranks exchange parts of
+      state.fill(5);
+      dcp::StateDict all{{"model", state}};
+      all.add("large", dcp::ShardedTensor<float, Rows>{alone, shape, memory});
+      dcp::Pending pending = dcp::async_save<OnMemory>(world, {store, "ckpt"}, all, {.if_exists = dcp::IfExists::replace, .staging_bytes = least, .deadline = 20s});
+      state.scribble();
+      std::fill(memory.begin(), memory.end(), 0.0f);
+      CHECK(pending.wait().streamed);
+      dcp::load<OnMemory>(world, {store, "ckpt"}, all);
+      CHECK(state.generation() == 5);
+      CHECK(std::count(memory.begin(), memory.end(), 3.0f) == static_cast<std::ptrdiff_t>(memory.size()));
+    }
   });
 }
 

@@ -204,9 +204,10 @@ class BackgroundSave {
   }
   // With the lock held. Until all has been copied, the processors and the memory belong to the copy, which somebody waits for.
   bool may_write() const { return staged_ || hurried_ || staged_bytes_ > pool_bytes_ / 2; }
+  // Not for long: the attempt is rank 0's, and another rank, whose staging memory is full, may need it before it can go on.
   void leave_to_the_copy() {
     std::unique_lock lock{mutex_};
-    news_.wait(lock, [&] { return may_write() || interruption_.why() != Interruption::Why::none; });
+    news_.wait_for(lock, std::chrono::milliseconds{200}, [&] { return may_write() || interruption_.why() != Interruption::Why::none; });
   }
   void wake() {
     news_.notify_all();
