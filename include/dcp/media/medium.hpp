@@ -334,7 +334,7 @@ class MediumModel final : public AnyMedium {
 /// The whole of a small file. Throws Error(limit) if it is larger than `most`, before reading it.
 template <class = Deferred>
 Bytes read_file(AnyMedium& medium, std::string const& path, std::uint64_t most) {
-  for (int most_replacements = 64;; --most_replacements) {
+  for (int most_replacements = 1000;; --most_replacements) {   // far more often than anybody commits while it is read
     auto const file = medium.open_read(path);
     auto const size = file->size();
     if (size > most) throw Error{ErrorCode::limit, "a file of " + std::to_string(size) + " bytes, over the limit of " + std::to_string(most)}.with_path(path);
