@@ -55,7 +55,9 @@ struct Stage {
   }
 
  private:
-  static std::size_t copy_threads() { return std::clamp<std::size_t>(Thread::hardware_concurrency() / 2, 1, 4); }
+  // As many as helped where it was measured, on two processors: with two, 1 GiB of one rank is copied in 0.059 s, with one in 0.11 s; of two ranks, which then
+  // have four, in 0.06 s either way. Where there are more processors there are more ranks beside this one.
+  static std::size_t copy_threads() { return std::clamp<std::size_t>(Thread::hardware_concurrency(), 1, 4); }
 };
 
 template <class = Deferred>
