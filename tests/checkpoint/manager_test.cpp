@@ -15,10 +15,13 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cstdint>
+#include <cstdio>
+#include <exception>
 #include <map>
 #include <mutex>
 #include <set>
@@ -262,6 +265,48 @@ TEST_CASE("CheckpointManager: flush returns in time when the storage does not an
     pending.wait();
     CHECK(checkpoints.latest() == 2);
   });
+}
+
+TEST_CASE("CheckpointManager: who loads a checkpoint while it is retired gets all of it, or is told that it is gone") {
+  dcp::test::TemporaryDirectory directory;
+  auto const root = directory / "run";
+  std::atomic<std::int64_t> newest{0};
+  std::atomic<bool> ended{false};
+  int whole = 0, gone = 0;
+  std::string wrong;
+  std::jthread reader{[&] {
+    dcp::SelfComm self;
+    GenerationState state{self, 5000};
+    while (!ended || whole == 0) {
+      std::int64_t const step = newest;
+      if (step == 0) continue;
+      std::array<char, 32> name{};
+      std::snprintf(name.data(), name.size(), "/step-%08lld", static_cast<long long>(step));
+      state.scribble();
+      try {
+        dcp::load<dcp::SafeTensors>(self, root + name.data(), state);
+        whole += state.generation() == static_cast<std::uint64_t>(step) ? 1 : 0;
+      } catch (dcp::Error const& error) {
+        ++gone;
+        if (error.code() != dcp::ErrorCode::not_found && error.code() != dcp::ErrorCode::missing_file) wrong = error.what();
+      } catch (std::exception const& error) {
+        wrong = error.what();
+      }
+    }
+  }};
+  dcp::SelfComm self;
+  GenerationState state{self, 5000};
+  dcp::CheckpointManager<dcp::SafeTensors> checkpoints{self, root, {.keep_last = 1}};
+  for (std::int64_t step = 1; step <= dcp::test::rounds(60, 2000); ++step) {
+    state.fill(static_cast<std::uint64_t>(step));
+    checkpoints.save(step, state);
+    newest = step;
+  }
+  ended = true;
+  reader.join();
+  CHECK(wrong == "");
+  CHECK(whole > 0);
+  MESSAGE(whole << " loads were whole, " << gone << " were told that it is gone");
 }
 
 TEST_CASE("CheckpointManager: events tell what happened, in order, and a callback that throws harms nothing") {

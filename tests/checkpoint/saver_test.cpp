@@ -219,12 +219,12 @@ TEST_CASE("Executor::process: ranks that want different executors are told so, a
   CHECK(std::distance(std::filesystem::directory_iterator{directory.path()}, {}) == 1);
 }
 
-TEST_CASE("Executor::process: a saver that stands still is an error after the deadline, on all ranks, and the next save has a new one") {
+TEST_CASE("Executor::process: a saver that stands still is an error after the deadline, on all ranks, and the next save works") {
   dcp::test::TemporaryDirectory directory;
   dcp::run_threads(2, [&](dcp::ThreadComm& world) {
     GenerationState state{world, 20'000};
     auto options = by_process();
-    options.deadline = 700ms;
+    options.deadline = 3s;
     dcp::CheckpointManager<dcp::SafeTensors> manager{world, directory.path(), {.save = options}};
     state.fill(1);
     auto const mine = static_cast<pid_t>(manager.save(1, state).saver_processes.at(static_cast<std::size_t>(world.rank())));
@@ -235,11 +235,12 @@ TEST_CASE("Executor::process: a saver that stands still is an error after the de
     auto const error = error_of([&] { manager.async_save(2, state).wait(); });
     REQUIRE(error);
     CHECK(error->code() == dcp::ErrorCode::timeout);
+    std::this_thread::sleep_for(300ms);   // until the saver of rank 0 has heard that the save has failed
     world.barrier();
     if (world.rank() == 1) ::kill(mine, SIGCONT);   // it finds out that nobody wants what it was given any more
     state.fill(3);
-    auto const report = manager.save(3, state);
-    CHECK(report.saver_processes.at(1) != (world.rank() == 1 ? mine : 0));
+    manager.save(3, state);
+    CHECK(!std::ranges::count(manager.steps(), 2));
     state.scribble();
     manager.load(*manager.latest(), state);
     CHECK(state.generation() == 3);

@@ -330,7 +330,7 @@ class BackgroundSave {
           [&] {
             watch_.here().bytes += writer.total_bytes();
             watch_.here().operations += writer.writes();
-            watch_.note("hash", writer.hashing());
+            if (job_.settings.checksums) watch_.note("hash", writer.hashing());
             enter("sync");
           });
       watch_.here().operations += writer.open_files();

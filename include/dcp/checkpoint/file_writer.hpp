@@ -118,7 +118,7 @@ class FileWriter {
   /// What checksums have taken, of all threads together.
   template <class = Deferred>
   PhaseReport hashing() const {
-    return {std::chrono::duration<double>(std::chrono::nanoseconds{hashing_.load()}).count(), settings_.checksums ? done_.load() : 0, settings_.checksums ? writes_ : 0};
+    return {std::chrono::duration<double>(std::chrono::nanoseconds{hashing_.load()}).count(), done_.load(), writes_};
   }
   template <class = Deferred>
   std::uint64_t open_files() const { return static_cast<std::uint64_t>(std::count_if(files_.begin(), files_.end(), [](auto const& file) { return file != nullptr; })); }

@@ -40,7 +40,7 @@ class Writer {
                                 [&] {
                                   watch_.here().bytes += files_.total_bytes();
                                   watch_.here().operations += files_.writes();
-                                  watch_.note("hash", files_.hashing());
+                                  if (settings_.checksums) watch_.note("hash", files_.hashing());
                                   if (settings_.progress) settings_.progress({"write", files_.total_bytes(), files_.total_bytes()});
                                   watch_.enter("sync");
                                 });
