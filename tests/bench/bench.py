@@ -5,8 +5,8 @@ import json
 import math
 import os
 import pathlib
-import random
 import platform
+import random
 import select
 import shutil
 import statistics

@@ -10,6 +10,7 @@
 #include "support/campaign.hpp"
 #include "support/fault_medium.hpp"
 #include "support/generations.hpp"
+#include "support/hasty_stager.hpp"
 #include "support/outcome.hpp"
 
 #include <doctest/doctest.h>
@@ -88,19 +89,8 @@ TEST_CASE("stagers: sources that are overwritten in a loop as soon as the stager
 #endif
 #endif
 #ifndef DCP_TEST_SEES_RACES   // which would end the program for what these are about: a data race
-namespace {
-// Broken: says that it has copied when it has only begun to.
-struct Hasty {
-  static constexpr std::string_view name = "hasty";
-  static void begin(dcp::StagingWork& work) {
-    work.begin_copies();
-    work.exchange();
-  }
-  static void finish(dcp::StagingWork&) {}
-};
-}  // namespace
 TEST_CASE("stagers: that same loop finds a stager that returns before it has copied") {
-  CHECK(torn_snapshots<Hasty>(1, 20, 40'000) > 0);
+  CHECK(torn_snapshots<dcp::test::Hasty>(1, 20, 40'000) > 0);
 }
 
 TEST_CASE("DeferredStager: guarded, it names the tensors that changed while they were to stay, on all ranks, and nothing is published") {

@@ -11,6 +11,8 @@
 
 #include "schedules/scheduler.hpp"
 #include "support/campaign.hpp"
+#include "support/hasty_stager.hpp"
+#include "support/outcome.hpp"
 
 #include <doctest/doctest.h>
 
@@ -33,6 +35,8 @@ namespace {
 using namespace std::chrono_literals;
 using dcp::test::Bounds;
 using dcp::test::choose;
+using dcp::test::error_of;
+using dcp::test::Hasty;
 using dcp::test::let_others_run;
 using dcp::test::require;
 using dcp::test::step;
@@ -205,16 +209,6 @@ dcp::SaveOptions<Storage> options(bool a_file_each = false) {
 }
 
 template <class Body>
-std::optional<dcp::Error> error_of(Body body) {
-  try {
-    body();
-  } catch (dcp::Error const& error) {
-    return error;
-  }
-  return std::nullopt;
-}
-
-template <class Body>
 void on_ranks(int ranks, Body body) {
   if (ranks == 1) {
     dcp::SelfComm self;
@@ -262,16 +256,6 @@ void search(char const* name, Reach reach, std::function<void()> const& body) {
   std::fflush(stdout);
   CHECK(found.failure == "");
 }
-
-// Broken: says that it has copied when it has only begun to.
-struct Hasty {
-  static constexpr std::string_view name = "hasty";
-  static void begin(dcp::StagingWork& work) {
-    work.begin_copies();
-    work.exchange();
-  }
-  static void finish(dcp::StagingWork&) {}
-};
 
 // What a test's own threads count. Relaxed, so that the thread sanitizer does not take it for synchronisation of what is tested.
 class Count {
@@ -432,16 +416,21 @@ std::function<void()> dropped(int ranks, bool faults) {
   };
 }
 
+// Before anything is tried.
+void generation_1_is_there(Stepped& medium, dcp::SelfComm& self, Model& model) {
+  dcp::test::explore_from_here(false);
+  model.fill(1);
+  dcp::save<Storage>(self, {medium, "ckpt"}, model, options());
+  dcp::test::explore_from_here(true);
+}
+
 // A reader beside a save that replaces what it reads.
 std::function<void()> reader() {
   return [] {
     Stepped medium;
     dcp::SelfComm self;
     Model model{self};
-    dcp::test::explore_from_here(false);
-    model.fill(1);
-    dcp::save<Storage>(self, {medium, "ckpt"}, model, options());
-    dcp::test::explore_from_here(true);
+    generation_1_is_there(medium, self, model);
     model.fill(2);
     dcp::Pending pending = dcp::async_save<Storage>(self, {medium, "ckpt"}, model, options());
     let_others_run();
@@ -459,10 +448,7 @@ std::function<void()> side_by_side() {
     Stepped medium;
     dcp::SelfComm self;
     Model model{self};
-    dcp::test::explore_from_here(false);
-    model.fill(1);
-    dcp::save<Storage>(self, {medium, "ckpt"}, model, options());
-    dcp::test::explore_from_here(true);
+    generation_1_is_there(medium, self, model);
     std::vector<dcp::Pending> pending;
     std::vector<std::optional<dcp::Error>> failed;
     for (int generation = 2; generation <= 3; ++generation) {

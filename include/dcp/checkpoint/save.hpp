@@ -363,7 +363,7 @@ Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
       extra = storage.extra_files();
       std::vector<std::string> carried;
       for (auto const& [name, bytes] : extra) carried.push_back(name);
-      attempt = std::make_unique<Attempt<>>(medium, place.path, settings.if_exists == IfExists::replace, carried, *planned->record);
+      attempt = std::make_unique<Attempt<>>(medium, place.path, settings.if_exists == IfExists::replace, carried, std::move(*planned->record));
       result.block_bytes = medium.block_bytes(attempt->path());
       std::copy_n(attempt->id().begin(), 16, result.id.begin());
       return result;

@@ -11,9 +11,9 @@
 
 namespace dcp::detail {
 
-/// Makes the thread that calls it one that takes no signals but those of its own faults and of profilers, and that does not take the processor away from whoever wakes it (SCHED_BATCH, sched(7)): a call
-/// that hands over work goes on, and returns, before a thread begins with it. Where all processors are busy, the return of async_save with a deferred
-/// stager took 3.2 ms without that, and 0.8 ms with it.
+/// Makes the thread that calls it one that takes no signals but those of its own faults and of profilers, and that does not take the processor away from whoever
+/// wakes it (SCHED_BATCH, sched(7)): a call that hands over work goes on, and returns, before a thread begins with it. Where all processors are busy, the
+/// return of async_save with a deferred stager took 3.2 ms without that, and 0.8 ms with it.
 template <class = Deferred>
 void become_library_thread() {
   sigset_t all;
