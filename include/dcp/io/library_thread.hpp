@@ -9,6 +9,8 @@
 #include <signal.h>
 #include <sys/resource.h>
 
+#include <initializer_list>
+
 namespace dcp::detail {
 
 /// Makes the thread that calls it one that takes no signals but those of its own faults and of profilers, and that does not take the processor away from whoever
