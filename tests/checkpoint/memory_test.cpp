@@ -146,7 +146,7 @@ TEST_CASE("save, load, reshard: a budget that is too small is refused on all ran
   });
 }
 
-TEST_CASE("CheckpointManager: a hundred saves in the background take the memory of three, and no large allocation after the first" * doctest::skip(dcp::test::under_a_sanitizer)) {
+TEST_CASE_TEMPLATE("CheckpointManager: a hundred saves in the background take the memory of three, and no large allocation after the first" * doctest::skip(dcp::test::under_a_sanitizer), P, Placement<Shard<0>>, Placement<Shard<1>>) {
   auto const resident = [] {
     std::ifstream statm{"/proc/self/statm"};
     double pages = 0;
@@ -157,7 +157,7 @@ TEST_CASE("CheckpointManager: a hundred saves in the background take the memory 
   double after_three = 0, after_all = 0;
   std::size_t largest = 0;
   dcp::run_threads(2, [&](dcp::ThreadComm& world) {
-    Held<float, Placement<Shard<0>>> held{world};
+    Held<float, P> held{world};
     dcp::CheckpointManager<dcp::SafeTensors> checkpoints{world, directory / "run", {.keep_last = 1, .staging_bytes = 64 << 20}};
     for (int save = 1; save <= 100; ++save) {
       checkpoints.async_save(save, held.state).wait();

@@ -134,7 +134,7 @@ class Exchange {
           auto const at = windows_[reach];
           SavePlan::Window window = plan_.window(at.file, at.range.begin, at.range.end);
           std::uint64_t more_sent = 0, more_owned = 0;
-          for (auto const& part : window.outgoing) more_sent += part.range.size();
+          for (auto const& part : window.outgoing) more_sent += part.range.size() + run_header;
           for (auto const& range : window.gathered) more_owned += room_for(range);
           if (reach > next && (sent + more_sent > round_bytes_ || owned + more_owned > round_bytes_)) break;
           sent += more_sent, owned += more_owned;
@@ -161,6 +161,42 @@ class Exchange {
     std::vector<FileRange> filled;
   };
 
+  // Of a message, which has many runs: enough for the network, and so little that the allocator keeps its memory for the next.
+  static constexpr std::uint64_t message_bytes = std::uint64_t{256} << 10;
+  // What stands before a run: file, begin, bytes.
+  static constexpr std::uint64_t run_header = sizeof(std::uint32_t) + 2 * sizeof(std::uint64_t);
+
+  // Messages to other ranks, each of message_bytes at most.
+  class Outbox {
+   public:
+    explicit Outbox(std::map<std::int64_t, std::uint64_t> bytes) : left_{std::move(bytes)} {}
+
+    /// Calls fill(range, memory) for the parts of `range`, of `file`, that go to `owner`.
+    template <class Fill>
+    void add(std::int64_t owner, std::uint32_t file, FileRange range, Fill fill) {
+      for (std::uint64_t at = range.begin; at < range.end;) {
+        ByteWriter& message = open_[owner];
+        if (message.size() + run_header >= message_bytes) close(owner, message);
+        if (message.size() == 0) message.reserve(std::min(left_[owner], message_bytes));
+        FileRange const part{at, std::min(range.end, at + message_bytes - run_header - message.size())};
+        fill(part, message.number(file).number(part.begin).block_to_fill(part.size()));
+        left_[owner] -= std::min(left_[owner], part.size() + run_header);
+        at = part.end;
+      }
+    }
+    std::vector<Message> take() {
+      for (auto& [owner, message] : open_) close(owner, message);
+      return std::move(closed_);
+    }
+
+   private:
+    void close(std::int64_t owner, ByteWriter& message) { closed_.push_back({static_cast<int>(owner), std::exchange(message, {}).take()}); }
+
+    std::map<std::int64_t, std::uint64_t> left_;
+    std::map<std::int64_t, ByteWriter> open_;
+    std::vector<Message> closed_;
+  };
+
   // Segments begin at pages, which direct writes need. What is cut to most_bytes(), whole pages, takes no more.
   static std::uint64_t room_for(FileRange range) { return round_up(range.size(), std::uint64_t{AlignedBuffer::alignment}); }
 
@@ -169,23 +205,21 @@ class Exchange {
     std::vector<Message> outgoing;
     agree(comm_, "save: exchange", [&] {
       if (failure) std::rethrow_exception(failure);
-      std::map<std::int64_t, ByteWriter> messages;
       std::map<std::int64_t, std::uint64_t> sizes;
       std::uint64_t room = 0;
       for (auto const& window : windows) {
-        for (auto const& part : window.outgoing) sizes[part.owner] += part.range.size() + 24;
+        for (auto const& part : window.outgoing) sizes[part.owner] += part.range.size() + run_header;
         for (auto const& range : window.gathered) room += room_for(range);
       }
       // All of a round at once: whoever held some and waited for more could wait for ever.
       Staged const memory = room > 0 ? sink_.room(room) : Staged{};
       std::size_t used = 0;
-      for (auto const& [owner, size] : sizes) messages[owner].reserve(size);
+      Outbox outbox{std::move(sizes)};
       for (std::size_t w = 0; w < windows.size(); ++w) {
         std::uint32_t const f = windows_[first + w].file;
         for (auto const& part : windows[w].outgoing) {
-          auto const run = messages[part.owner].number(f).number(part.range.begin).block_to_fill(part.range.size());
-          plan_.gather_transfer(part.transfer, part.range, run.data());
-          watch_.here().bytes += run.size();
+          outbox.add(part.owner, f, part.range, [&](FileRange range, ByteSpan run) { plan_.gather_transfer(part.transfer, range, run.data()); });
+          watch_.here().bytes += part.range.size();
         }
         for (auto const& range : windows[w].gathered) {
           for (FileRange rest = range; rest.begin < rest.end; rest.begin = segments.back().range.end) {
@@ -197,10 +231,8 @@ class Exchange {
           }
         }
       }
-      for (auto& [owner, message] : messages) {
-        outgoing.push_back({static_cast<int>(owner), message.take()});
-        ++watch_.here().operations;
-      }
+      outgoing = outbox.take();
+      watch_.here().operations += outgoing.size();
     });
     auto const incoming = comm_.exchange(std::move(outgoing));
     agree(comm_, "save: exchange", [&] {
