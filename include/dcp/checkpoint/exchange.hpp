@@ -161,7 +161,7 @@ class Exchange {
     std::vector<FileRange> filled;
   };
 
-  // Of a message, which has many runs: enough for the network, and so little that the allocator keeps its memory for the next.
+  // Of a message, which has many runs: enough for the network, and no large allocation in any save.
   static constexpr std::uint64_t message_bytes = std::uint64_t{256} << 10;
   // What stands before a run: file, begin, bytes.
   static constexpr std::uint64_t run_header = sizeof(std::uint32_t) + 2 * sizeof(std::uint64_t);
@@ -169,31 +169,35 @@ class Exchange {
   // Messages to other ranks, each of message_bytes at most.
   class Outbox {
    public:
-    explicit Outbox(std::map<std::int64_t, std::uint64_t> bytes) : left_{std::move(bytes)} {}
-
+    /// So many bytes more will come for `owner`: for what to reserve.
+    void expect(std::int64_t owner, std::uint64_t bytes) { to_[owner].expected += bytes; }
     /// Calls fill(range, memory) for the parts of `range`, of `file`, that go to `owner`.
     template <class Fill>
     void add(std::int64_t owner, std::uint32_t file, FileRange range, Fill fill) {
+      auto& [expected, message] = to_[owner];
       for (std::uint64_t at = range.begin; at < range.end;) {
-        ByteWriter& message = open_[owner];
         if (message.size() + run_header >= message_bytes) close(owner, message);
-        if (message.size() == 0) message.reserve(std::min(left_[owner], message_bytes));
+        if (message.size() == 0) message.reserve(std::min(expected, message_bytes));
         FileRange const part{at, std::min(range.end, at + message_bytes - run_header - message.size())};
         fill(part, message.number(file).number(part.begin).block_to_fill(part.size()));
-        left_[owner] -= std::min(left_[owner], part.size() + run_header);
+        expected -= std::min(expected, part.size() + run_header);
         at = part.end;
       }
     }
     std::vector<Message> take() {
-      for (auto& [owner, message] : open_) close(owner, message);
+      for (auto& [owner, to] : to_)
+        if (to.message.size() > 0) close(owner, to.message);
       return std::move(closed_);
     }
 
    private:
+    struct Open {
+      std::uint64_t expected = 0;
+      ByteWriter message{};
+    };
     void close(std::int64_t owner, ByteWriter& message) { closed_.push_back({static_cast<int>(owner), std::exchange(message, {}).take()}); }
 
-    std::map<std::int64_t, std::uint64_t> left_;
-    std::map<std::int64_t, ByteWriter> open_;
+    std::map<std::int64_t, Open> to_;
     std::vector<Message> closed_;
   };
 
@@ -205,16 +209,15 @@ class Exchange {
     std::vector<Message> outgoing;
     agree(comm_, "save: exchange", [&] {
       if (failure) std::rethrow_exception(failure);
-      std::map<std::int64_t, std::uint64_t> sizes;
+      Outbox outbox;
       std::uint64_t room = 0;
       for (auto const& window : windows) {
-        for (auto const& part : window.outgoing) sizes[part.owner] += part.range.size() + run_header;
+        for (auto const& part : window.outgoing) outbox.expect(part.owner, part.range.size() + run_header);
         for (auto const& range : window.gathered) room += room_for(range);
       }
       // All of a round at once: whoever held some and waited for more could wait for ever.
       Staged const memory = room > 0 ? sink_.room(room) : Staged{};
       std::size_t used = 0;
-      Outbox outbox{std::move(sizes)};
       for (std::size_t w = 0; w < windows.size(); ++w) {
         std::uint32_t const f = windows_[first + w].file;
         for (auto const& part : windows[w].outgoing) {
