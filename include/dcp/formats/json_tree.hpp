@@ -79,6 +79,18 @@ class JsonValue {
     return result;
   }
 
+  /// What an object holds, in order; a name that is there twice comes twice.
+  template <class = Deferred>
+  std::vector<std::pair<std::string_view, JsonValue>> members() const {
+    want(JsonNodeKind::object, "an object");
+    std::vector<std::pair<std::string_view, JsonValue>> result;
+    for (std::size_t i = index_ + 1; i < node().end; i = (*nodes_)[i].end) {
+      JsonValue const member{*nodes_, *characters_, i};
+      result.emplace_back(member.name(), member);
+    }
+    return result;
+  }
+
   /// The text, or the spelling of a number, true, false or null.
   std::string_view spelling() const { return std::string_view{*characters_}.substr(static_cast<std::size_t>(node().at) + node().name_bytes, node().text_bytes); }
 
