@@ -239,7 +239,8 @@ std::pair<std::shared_ptr<PlannedSave>, bool> agree_or_reuse(CommRef comm, AnySt
     cache->forget();
   }
   auto planned = agree_and_plan(comm, storage, place, state, settings, watch, values);
-  if (cache != nullptr && settings.check == Check::values) cache->remember(state, planned);
+  if (cache != nullptr && settings.check == Check::values && !storage.holds_values()) cache->remember(state, planned);
+  else if (cache != nullptr) cache->forget();
   return {std::move(planned), false};
 }
 
@@ -263,6 +264,7 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
   std::vector<std::pair<std::string, Value>> values;
   auto const agreed = agree_or_reuse(comm, storage, place, state, settings, watch, values, cache);
   std::shared_ptr<PlannedSave> const& planned = agreed.first;
+  if (planned->plan->recoding) prepare_recoding(comm, *planned->plan->recoding, planned->agreed, planned->plan->shares, settings, watch);
   pending->report.plan_reused = agreed.second;
   describe_saved(*planned, pending->report);
 
@@ -292,6 +294,7 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
     auto const id = random_id();
     std::copy_n(id.begin(), 16, result.id.begin());
     commit.extra = storage.extra_files();
+    if (planned->plan->recoding) storage.describe(*planned->plan->recoding, commit.extra);
     commit.planned = {planned, &*planned->record};
     commit.values = std::move(values);
     return result;
@@ -305,7 +308,7 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
   stage->pool->start();
   pending->report.stager = stager.name;
   pending->report.pool_reused = std::exchange(stage->used, true);
-  bool const remembered = cache != nullptr && settings.check == Check::values;
+  bool const remembered = cache != nullptr && settings.check == Check::values && !storage.holds_values();
   auto const writes = agree(comm, "save: plan", [&] {
     stage->prepare(settings.saver_program);
     SaveJob job;
@@ -428,7 +431,8 @@ template <class S, class T = CopyStager, class C>
 Pending async_save(C& comm, place_of<S> const& place, StateDict const& state, SaveOptions<S> const& options = {}) {
   [[maybe_unused]] detail::verb_arguments<S, C> check;
   [[maybe_unused]] detail::a_stager<T> stager_check;
-  if constexpr (Storage<S> && Communicator<C> && Stager<T>) {
+  [[maybe_unused]] detail::a_writable_storage<detail::can_be_written<S>()> writable;
+  if constexpr (Storage<S> && Communicator<C> && Stager<T> && detail::can_be_written<S>()) {
     auto const stage = agree(comm, "save: stage", [&] { return detail::Stages<>::take(options.staging_bytes, options.executor); });
     return {detail::begin_save(CommRef{comm}, *S::open(options.storage), S::locate(place), state, detail::settings_of(options), detail::StagerRef::of<T>(), stage), [](Error const& error) { detail::ErrorHook<>::instance()(error); }};
   } else {

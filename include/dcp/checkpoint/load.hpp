@@ -18,6 +18,7 @@
 #include <dcp/checkpoint/open.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/read.hpp>
+#include <dcp/checkpoint/read_plan.hpp>
 #include <dcp/checkpoint/report.hpp>
 #include <dcp/checkpoint/save.hpp>
 #include <dcp/checkpoint/share_reads.hpp>
@@ -57,52 +58,6 @@ std::string options_text(LoadSettings const& settings) {
   if (settings.read_once) text += " read_once";
   for (auto const& p : settings.for_prefix) text += " [" + p.prefix + ": " + policy(p) + ']';
   return text;
-}
-
-struct ReadPlan {
-  std::vector<Transfer> transfers;
-  std::vector<ReadPurpose> purposes;
-};
-
-/// The transfers that fill `held` of a tensor from its stored pieces. Where pieces overlap, the first fills and the others are compared;
-/// `copies`: so are those that are stored twice.
-template <class = Deferred>
-void plan_reads(CatalogTensor const& stored, DType memory_dtype, Box const& held, MemoryView const& memory, bool counts, bool copies, ReadPlan& plan) {
-  auto const add = [&](StoredPiece const& piece, Box const& part, bool compare) {
-    if (!on_byte_boundaries(stored.dtype, part, piece.box))
-      throw Error{ErrorCode::misaligned, stored.name + ": the part " + to_string(part) + " of " + std::string{to_string(stored.dtype)} + " elements does not begin and end on a byte"};
-    Transfer transfer = make_transfer(stored.dtype, memory_dtype, part, held, memory, piece.box, piece.offset);
-    transfer.file = piece.file;
-    plan.transfers.push_back(transfer);
-    plan.purposes.push_back({counts, compare});
-  };
-  if (held.empty()) return;
-  if (copies) {
-    Box part;
-    for (auto const& copy : stored.copies)
-      if (intersect(held, copy.box, part)) add(copy, part, true);
-  }
-  if (!any_overlap(stored.pieces, stored.shape)) {
-    Box part;
-    for (auto const& piece : stored.pieces)
-      if (!piece.box.empty() && intersect(held, piece.box, part)) add(piece, part, false);
-    return;
-  }
-  std::vector<Box> missing{held}, rest, filled;
-  for (auto const& piece : stored.pieces) {
-    Box part;
-    for (auto const& box : filled)
-      if (intersect(box, piece.box, part)) add(piece, part, true);
-    rest.clear();
-    for (auto const& box : missing) {
-      if (intersect(box, piece.box, part)) {
-        add(piece, part, false);
-        filled.push_back(part);
-      }
-      subtract(box, piece.box, rest);
-    }
-    std::swap(missing, rest);
-  }
 }
 
 template <class = Deferred>
@@ -167,10 +122,9 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
     std::vector<std::vector<FileRange>> loaded(catalog.files.size());
     for (auto const& wanted : plan.comparison.tensors)
       if (wanted.how == WantedTensor::How::load && !wanted.shared)
-        for (auto const& piece : wanted.stored->pieces)
-          loaded[piece.file].push_back({piece.offset, piece.offset + bytes_of(wanted.stored->dtype, static_cast<std::int64_t>(piece.box.size()))});
+        for_each_stored_piece(*wanted.stored, [&](DType dtype, StoredPiece const& piece) { loaded[piece.file].push_back({piece.offset, piece.offset + bytes_of(dtype, static_cast<std::int64_t>(piece.box.size()))}); });
     for (auto& ranges : loaded) std::sort(ranges.begin(), ranges.end(), [](FileRange const& a, FileRange const& b) { return a.begin < b.begin; });
-    Reader<> reader{comm, medium, opened, std::move(plan.reads.transfers), std::move(plan.reads.purposes), std::move(loaded), settings, watch};
+    Reader<> reader{comm, medium, opened, std::move(plan.reads), std::move(loaded), settings, watch};
     // Files are opened first and the record is looked at after that: if it is still the same, so is what was opened.
     agree(comm, "load: open", [&] {
       reader.open_files();
@@ -232,6 +186,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
       }
     for (auto const& value : plan.comparison.values) report.values += value.stored != nullptr ? 1 : 0;
     report.cast = std::move(plan.comparison.cast);
+    report.decoded = std::move(plan.comparison.decoded);
     report.missing = std::move(plan.comparison.missing);
     report.unexpected = std::move(plan.comparison.unexpected);
     report.kept = std::move(plan.comparison.kept);

@@ -102,6 +102,8 @@ Bytes encode(Scan const& scan) {
   for (auto const& [tensor, file] : scan.index) out.text(tensor).text(file);
   out.number<std::uint64_t>(scan.warnings.size());
   for (auto const& warning : scan.warnings) out.text(warning);
+  out.number<std::uint64_t>(scan.texts.size());
+  for (auto const& [name, text] : scan.texts) out.text(name).text(text);
   return out.take();
 }
 template <class = Deferred>
@@ -114,6 +116,10 @@ Scan decode_scan(ByteReader in) {
     scan.index.emplace_back(std::move(tensor), in.text());
   }
   for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) scan.warnings.push_back(in.text());
+  for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
+    std::string name = in.text();
+    scan.texts.emplace_back(std::move(name), in.text());
+  }
   return scan;
 }
 
@@ -347,12 +353,14 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
     if (opened.record) {
       Problems problems;
       for (auto const& tensor : opened.record->tensors) {
-        CatalogTensor const* stored = catalog.find_tensor(tensor.name);
+        CatalogTensor const* stored = catalog.find_stored(tensor.name);
         if (stored == nullptr) problems.add(ErrorCode::corrupt, tensor.name + ": in the commit record, but in no file");
         else if (stored->dtype != tensor.dtype || !(stored->shape == tensor.shape))
           problems.add(ErrorCode::corrupt, tensor.name + ": the commit record says " + to_string(tensor.shape) + ' ' + std::string{to_string(tensor.dtype)} + ", the files say " + to_string(stored->shape) + ' ' + std::string{to_string(stored->dtype)});
       }
-      if (problems.empty() && catalog.tensors.size() != opened.record->tensors.size()) problems.add(ErrorCode::corrupt, "the files hold other tensors than the commit record lists");
+      std::size_t stored_tensors = catalog.raw.size();
+      for (auto const& tensor : catalog.tensors) stored_tensors += tensor.encoding == nullptr ? 1 : 0;
+      if (problems.empty() && stored_tensors != opened.record->tensors.size()) problems.add(ErrorCode::corrupt, "the files hold other tensors than the commit record lists");
       try {
         problems.raise();
       } catch (Error& error) {

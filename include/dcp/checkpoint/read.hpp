@@ -6,6 +6,8 @@
 // read; one rank per chunk adds up what came. Together ranks read all of every tensor that is loaded, so what nobody read of a
 // chunk is known: the header, and tensors that are not loaded; that rank reads it. Runs that replicas read too are compared with
 // theirs (different nodes may read different copies) and counted once.
+//
+// What is decoded is read in tiles: what a tile needs of the parts of its tensor goes to scratch memory, and is decoded from there while it is in cache.
 
 #include <dcp/base/algorithms.hpp>
 #include <dcp/base/config.hpp>
@@ -13,6 +15,7 @@
 #include <dcp/checkpoint/checksums.hpp>
 #include <dcp/checkpoint/open.hpp>
 #include <dcp/checkpoint/options.hpp>
+#include <dcp/checkpoint/read_plan.hpp>
 #include <dcp/checkpoint/report.hpp>
 #include <dcp/checkpoint/write.hpp>
 #include <dcp/core/cast.hpp>
@@ -27,18 +30,13 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 namespace dcp::detail {
-
-/// What a transfer is for, beside its bytes.
-struct ReadPurpose {
-  bool counts = true;      // false where two entries read one stored tensor: its bytes can be added up for one of them only
-  bool compare = false;    // a piece stored twice: compared with what memory holds, not written to it
-};
 
 /// A rank's runs in a chunk, as it tells the rank that adds the chunk up.
 struct Contribution {
@@ -58,11 +56,10 @@ class Reader {
   static constexpr std::size_t most_pieces = 1024;       // of one scattered read: IOV_MAX of Linux
 
   /// `loaded`: per file, the ranges of all tensors that ranks load, sorted
-  Reader(CommRef comm, AnyMedium& medium, OpenedCheckpoint& opened, std::vector<Transfer> transfers, std::vector<ReadPurpose> purposes, std::vector<std::vector<FileRange>> loaded,
-         LoadSettings const& settings, Stopwatch& watch)
-      : comm_{comm}, medium_{medium}, opened_{opened}, loaded_{std::move(loaded)}, purposes_{std::move(purposes)}, settings_{settings}, budget_{Budget::of(settings.memory_bytes, settings.threads)}, watch_{watch} {
-    for (std::uint32_t i = 0; i < transfers.size(); ++i) transfers[i].tensor = i;   // to find its purpose after sorting
-    index_ = TransferIndex{std::move(transfers)};
+  Reader(CommRef comm, AnyMedium& medium, OpenedCheckpoint& opened, ReadPlan plan, std::vector<std::vector<FileRange>> loaded, LoadSettings const& settings, Stopwatch& watch)
+      : comm_{comm}, medium_{medium}, opened_{opened}, loaded_{std::move(loaded)}, purposes_{std::move(plan.purposes)}, decodes_{std::move(plan.decodes)}, settings_{settings}, budget_{Budget::of(settings.memory_bytes, settings.threads)}, watch_{watch} {
+    for (std::uint32_t i = 0; i < plan.transfers.size(); ++i) plan.transfers[i].tensor = i;   // to find its purpose after sorting
+    index_ = TransferIndex{std::move(plan.transfers)};
     files_.resize(opened.catalog.files.size());
     verifies_ = settings.verify != Verify::none && opened.record.has_value();
   }
@@ -70,12 +67,15 @@ class Reader {
   /// Opens every file that this rank will read. Files once open stay what they are when the place gets a new checkpoint.
   void open_files() {
     for (auto const& transfer : index_.transfers()) file(transfer.file);
+    for (auto const& decode : decodes_) for_each_stored_piece(*decode.tensor, [&](DType, StoredPiece const& piece) { file(piece.file); });
   }
 
   void read() {
     auto const windows = index_.windows(budget_.buffer_bytes);
     std::uint64_t total = 0;
     for (auto const& transfer : index_.transfers()) total += transfer.bytes();
+    std::vector<Tile> const tiles = all_tiles();
+    for (auto const& tile : tiles) total += decodes_[tile.decode].tensor->encoding->bytes_needed(tile.box);
     auto reported = Stopwatch::clock::now();
     auto const alive = [&] {
       comm_.progress();
@@ -102,6 +102,14 @@ class Reader {
         });
       workers.finish(alive);
     }
+    std::vector<Bytes> scratch(budget_.threads);
+    for (std::size_t t = 0; t < tiles.size(); ++t)
+      workers.submit([&, t](std::size_t thread) {
+        constexpr std::size_t ahead = 8;
+        if (t % ahead == 0) for (std::size_t next = t == 0 ? 0 : t + ahead; next < std::min(tiles.size(), t + 2 * ahead); ++next) will_read(tiles[next]);
+        read_tile(tiles[t], buffers[thread], scratch[thread]);
+      });
+    workers.finish(alive);
     watch_.here().bytes += done_;
     watch_.here().operations += operations_;
     if (settings_.progress) settings_.progress({"read", total, total});
@@ -143,6 +151,12 @@ class Reader {
     std::uint64_t at, bytes;
     std::byte* memory;
     std::uint32_t transfer;
+    bool counts;
+  };
+  // A box of a decode that is read and decoded at once.
+  struct Tile {
+    std::uint32_t decode;
+    Box box;
   };
 
   ReadableFile& file(std::uint32_t f) {
@@ -173,7 +187,7 @@ class Reader {
     std::vector<Run> runs;
     index_.for_each_in(f, window, [&](std::uint32_t t, std::int64_t from, std::int64_t to) {
       if (purposes_[index_[t].tensor].compare != compare) return;
-      index_[t].for_each_run(from, to, [&](std::uint64_t at, std::byte* memory, std::size_t bytes) { runs.push_back({at, bytes, memory, t}); });
+      index_[t].for_each_run(from, to, [&](std::uint64_t at, std::byte* memory, std::size_t bytes) { runs.push_back({at, bytes, memory, t, purposes_[index_[t].tensor].counts}); });
     });
     if (runs.empty()) return;
     std::sort(runs.begin(), runs.end(), [](Run const& a, Run const& b) { return a.at < b.at; });
@@ -218,11 +232,137 @@ class Reader {
     if (!sums) unverified_bytes += needed;
   }
 
+  // ---- what is decoded
+
+  std::vector<Tile> all_tiles() const {
+    // Of parts: stays in cache, and is read well. Some tiles have three times as much.
+    std::uint64_t const tile_bytes = std::min<std::uint64_t>(512 << 10, settings_.memory_bytes / 8 / budget_.threads);
+    std::vector<Tile> tiles;
+    for (std::uint32_t d = 0; d < decodes_.size(); ++d) {
+      Encoding const& encoding = *decodes_[d].tensor->encoding;
+      Box const& held = decodes_[d].held;
+      std::int64_t const elements = held.shape.elements();
+      if (elements == 0) continue;
+      std::uint64_t const bytes = std::max<std::uint64_t>(1, encoding.bytes_needed(held));
+      std::int64_t const most = bytes <= tile_bytes ? elements : std::max<std::int64_t>(1, static_cast<std::int64_t>(static_cast<double>(elements) * static_cast<double>(tile_bytes) / static_cast<double>(bytes)));
+      for_each_tile(encoding, held, most, [&](Box const& box) { tiles.push_back({d, box}); });
+    }
+    return tiles;
+  }
+  // Calls visit(part, box of the part, where its bytes begin in scratch memory) for the parts of a tile. Returns the bytes of scratch memory.
+  template <class Visit>
+  static std::uint64_t for_each_part(Encoding const& encoding, Box const& tile, Visit visit) {
+    std::uint64_t at = 0;
+    for (std::size_t p = 0; p < encoding.parts().size(); ++p) {
+      EncodedPart const& part = encoding.parts()[p];
+      Box const box = part.grid.needed(tile, encoding.shape(), part.shape);
+      visit(p, box, at);
+      at = round_up(at + bytes_of(part.dtype, static_cast<std::int64_t>(box.size())), std::uint64_t{64});
+    }
+    return at;
+  }
+
+  // Tells the medium of the codes that a tile needs.
+  void will_read(Tile const& tile) {
+    CatalogTensor const& tensor = *decodes_[tile.decode].tensor;
+    EncodedPart const& codes = tensor.encoding->parts()[0];
+    Box const box = codes.grid.needed(tile.box, tensor.encoding->shape(), codes.shape);
+    Box part;
+    for (auto const& piece : tensor.parts[0])
+      if (intersect(box, piece.box, part)) {
+        Transfer const transfer = make_transfer(codes.dtype, codes.dtype, part, part, {nullptr, row_major_strides(part.shape)}, piece.box, piece.offset);   // of which only the file matters
+        if (transfer.bytes() * 4 >= transfer.file_end() - transfer.file_begin()) file(piece.file).will_read(transfer.file_begin(), transfer.file_end());
+      }
+  }
+
+  void read_tile(Tile const& tile, AlignedBuffer& gaps, Bytes& scratch) {
+    Decode const& decode = decodes_[tile.decode];
+    CatalogTensor const& tensor = *decode.tensor;
+    Encoding const& encoding = *tensor.encoding;
+    std::uint64_t const bytes = for_each_part(encoding, tile.box, [](std::size_t, Box const&, std::uint64_t) {});
+    if (bytes > settings_.memory_bytes / 2 / budget_.threads)
+      throw Error{ErrorCode::budget, tensor.name + ": " + std::to_string(bytes) + " bytes of its parts are needed at once, more than the memory budget has for each of " + std::to_string(budget_.threads) + " threads"};
+    if (scratch.size() < bytes) scratch = Bytes(static_cast<std::size_t>(bytes));
+    std::map<std::uint32_t, std::vector<Run>> runs;   // of each file
+    std::vector<PartBytes> given(encoding.parts().size());
+    for_each_part(encoding, tile.box, [&](std::size_t p, Box const& box, std::uint64_t at) {
+      EncodedPart const& part = encoding.parts()[p];
+      MemoryView const memory{scratch.data() + at, row_major_strides(box.shape)};
+      given[p] = {memory.data, box};
+      Box const owned = part.shape.rank() == 0 ? box : part.grid.owned(tile.box, encoding.shape(), part.shape);
+      bool const owns_any = decode.counts && (part.shape.rank() > 0 || PartGrid::owns_scalar(tile.box));
+      auto const add = [&](StoredPiece const& piece, Box const& from, bool counts) {
+        Transfer const transfer = make_transfer(part.dtype, part.dtype, from, box, memory, piece.box, piece.offset);
+        // Nobody else has this number: runs of one part of one tile are summed up together.
+        auto const number = static_cast<std::uint32_t>(p * 2 + (counts ? 1 : 0));
+        transfer.for_each_run(0, transfer.end, [&](std::uint64_t position, std::byte* to, std::size_t size) { runs[piece.file].push_back({position, size, to, number, counts}); });
+      };
+      // Of pieces that overlap, the first counts.
+      std::vector<Box> missing{box}, rest, others;
+      for (auto const& piece : tensor.parts[p]) {
+        rest.clear();
+        for (auto const& hole : missing) {
+          Box from, mine;
+          if (intersect(hole, piece.box, from)) {
+            if (!verifies_ || !owns_any || !intersect(from, owned, mine)) {
+              add(piece, from, false);
+            } else {
+              add(piece, mine, true);
+              others.clear();
+              subtract(from, mine, others);
+              for (auto const& other : others) add(piece, other, false);
+            }
+          }
+          subtract(hole, piece.box, rest);
+        }
+        std::swap(missing, rest);
+      }
+      if (part.shape.rank() > 0)
+        for (auto const& hole : missing)
+          if (!hole.empty()) throw Error{ErrorCode::incomplete, part.name + ": nothing is stored for " + to_string(hole)};
+    });
+    if (gaps.size() == 0) gaps = AlignedBuffer{static_cast<std::size_t>(budget_.buffer_bytes + slack)};
+    for (auto& [f, list] : runs) {
+      std::sort(list.begin(), list.end(), [](Run const& a, Run const& b) { return a.at < b.at; });
+      read_straight(f, opened_.catalog.files[f].size, list, gaps);
+    }
+    std::int64_t at = 0;
+    for (int d = 0; d < tile.box.rank(); ++d) at += (tile.box.origin[d] - decode.held.origin[d]) * decode.memory.strides[d];
+    try {
+      encoding.decode(tile.box, given, decode.memory_dtype, {decode.memory.data + static_cast<std::ptrdiff_t>(bytes_of(decode.memory_dtype, at)), decode.memory.strides});
+    } catch (Error& error) {
+      throw error.with_path(opened_.directory);
+    }
+  }
+
+  // Every chunk that `runs` touch, read and compared, unless some thread has done so before.
+  void verify_whole_chunks(std::uint32_t f, std::uint64_t file_size, std::vector<Run> const& runs) {
+    auto const& table = opened_.checksums.of(opened_.catalog.files[f].path);
+    Bytes buffer;
+    std::uint64_t needed = 0, chunk = 0;
+    for (auto const& run : runs) {
+      needed += run.bytes;
+      for (chunk = run.at / chunk_bytes; chunk * chunk_bytes < run.at + run.bytes; ++chunk) {
+        {
+          std::lock_guard const lock{mutex_};
+          if (!whole_chunks_.insert({f, chunk}).second) continue;
+        }
+        std::uint64_t const begin = chunk * chunk_bytes;
+        verify_chunk(file(f), path(f), file_size, chunk, table[static_cast<std::size_t>(chunk)], tensors_in({begin, begin + chunk_size(file_size, chunk)}, f), buffer);
+        verification_bytes += buffer.size();
+      }
+    }
+    std::lock_guard const lock{mutex_};
+    verified_bytes += needed;
+  }
+
   // Runs whose elements are stored as memory holds them go straight to memory, in reads that are summed up while they are in cache.
   void read_straight(std::uint32_t f, std::uint64_t file_size, std::vector<Run> const& runs, AlignedBuffer& scratch) {
     constexpr std::uint64_t cached_bytes = 256 << 10;
     ReadableFile& in = file(f);
-    bool const sums = summed(f);
+    // Runs of tiles come here even where whole chunks are to be verified; those are read once more for that.
+    bool const whole = summed(f) && settings_.verify == Verify::full, sums = summed(f) && !whole;
+    if (whole) verify_whole_chunks(f, file_size, runs);
     ChunkSums found;
     std::vector<ByteSpan> pieces;
     std::uint64_t needed = 0, operations = 0, gaps = 0;
@@ -264,13 +404,14 @@ class Reader {
       std::uint64_t from = first_in_run;
       for (std::size_t r = first; r < runs.size() && (r < run || (r == run && in_run > 0)); ++r, from = 0) {
         std::uint64_t const to = r == run ? in_run : runs[r].bytes;
-        found.add(f, file_size, runs[r].at + from, {runs[r].memory + from, static_cast<std::size_t>(to - from)}, runs[r].transfer, purposes_[index_[runs[r].transfer].tensor].counts);
+        found.add(f, file_size, runs[r].at + from, {runs[r].memory + from, static_cast<std::size_t>(to - from)}, runs[r].transfer, runs[r].counts);
       }
     }
     done_ += needed;
     operations_ += operations;
     over_read_bytes += gaps;
     if (sums) return settle(f, file_size, found);
+    if (whole) return;
     std::lock_guard const lock{mutex_};
     unverified_bytes += needed;
   }
@@ -357,7 +498,7 @@ class Reader {
       for_each_chunk(file_size, run.at, {bytes_at(run.at), static_cast<std::size_t>(run.bytes)}, [&](std::uint64_t chunk, std::uint64_t offset, std::uint64_t size, ConstByteSpan part) {
         if (part.size() == size && covered(chunk)) return;
         std::uint64_t const position = chunk * chunk_bytes + offset;
-        auto const at = open.try_emplace({run.transfer, chunk}, PositionedCrc{size}, Contribution{f, chunk, position, 0, 0, purposes_[index_[run.transfer].tensor].counts, covered(chunk)}).first;
+        auto const at = open.try_emplace({run.transfer, chunk}, PositionedCrc{size}, Contribution{f, chunk, position, 0, 0, run.counts, covered(chunk)}).first;
         Contribution& sum = at->second.second;
         at->second.first.add(offset, part);
         sum.bytes += part.size();
@@ -420,11 +561,12 @@ class Reader {
   std::string tensors_in(FileRange range, std::uint32_t f) const {
     std::string names;
     int count = 0;
-    for (auto const& tensor : opened_.catalog.tensors)
-      for (auto const* pieces : {&tensor.pieces, &tensor.copies})
-        for (auto const& piece : *pieces)
-          if (piece.file == f && piece.offset < range.end && piece.offset + bytes_of(tensor.dtype, static_cast<std::int64_t>(piece.box.size())) > range.begin && ++count <= 4)
-            names += (names.empty() ? "" : ", ") + tensor.name;
+    for (auto const* tensors : {&opened_.catalog.tensors, &opened_.catalog.raw})
+      for (auto const& tensor : *tensors)
+        for (auto const* pieces : {&tensor.pieces, &tensor.copies})
+          for (auto const& piece : *pieces)
+            if (piece.file == f && piece.offset < range.end && piece.offset + bytes_of(tensor.dtype, static_cast<std::int64_t>(piece.box.size())) > range.begin && ++count <= 4)
+              names += (names.empty() ? "" : ", ") + tensor.name;
     return count > 4 ? names + " and " + std::to_string(count - 4) + " more" : names;
   }
 
@@ -434,6 +576,7 @@ class Reader {
   TransferIndex index_;
   std::vector<std::vector<FileRange>> loaded_;
   std::vector<ReadPurpose> purposes_;
+  std::vector<Decode> decodes_;
   LoadSettings const& settings_;
   Budget budget_;
   Stopwatch& watch_;
@@ -441,6 +584,7 @@ class Reader {
   std::vector<std::unique_ptr<ReadableFile>> files_;
   Mutex mutex_;
   std::vector<Contribution> contributions_;
+  std::set<std::pair<std::uint32_t, std::uint64_t>> whole_chunks_;   // (file, chunk) that a tile has had compared
   Atomic<std::uint64_t> done_{0}, operations_{0};
 };
 

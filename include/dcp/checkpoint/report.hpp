@@ -70,6 +70,7 @@ struct Report {
   std::vector<Phase> phases;
   // What a load did that a strict, complete, verified load of the same layout would not.
   std::vector<std::string> cast;         // "name: F32 to BF16"
+  std::vector<std::string> decoded;      // "name: fp8_block 128x128 to BF16"
   std::vector<std::string> missing;      // names that kept their value, or became zero
   std::vector<std::string> unexpected;   // names in the checkpoint that were not asked for
   std::vector<std::string> kept;         // names of another shape that kept their value
@@ -106,6 +107,7 @@ struct Report {
       if (names.size() > 8) out << ", ...";
     };
     list("cast", report.cast);
+    list("decoded", report.decoded);
     list("missing", report.missing);
     list("unexpected", report.unexpected);
     list("kept for their shape", report.kept);

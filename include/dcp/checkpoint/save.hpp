@@ -17,6 +17,7 @@
 #include <dcp/checkpoint/agreement.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/place.hpp>
+#include <dcp/checkpoint/recode.hpp>
 #include <dcp/checkpoint/report.hpp>
 #include <dcp/checkpoint/write.hpp>
 #include <dcp/comm/agree.hpp>
@@ -101,9 +102,9 @@ void compare_replicas(CommRef comm, AgreedState const& state) {
   }
 }
 
-/// This rank's part of what is stored.
+/// This rank's part of what is stored. `recoding`: nullptr where all is stored as it is.
 template <class = Deferred>
-std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& shares, FilePlan const& plan, std::int64_t rank, std::int64_t ranks) {
+std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& shares, FilePlan const& plan, Recoding const* recoding, std::int64_t rank, std::int64_t ranks) {
   std::vector<Transfer> transfers;
   std::size_t headers = 0;
   for (auto const& file : plan.files) headers += file.literals.size();
@@ -121,10 +122,12 @@ std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& 
   };
   for (auto const& stored : plan.stored) {
     literals_before(stored.file + std::uint64_t{1});
-    TensorSpec const& tensor = state.tensors[stored.tensor];
-    StateEntry const* entry = state.local_tensors[stored.tensor];
+    StoredForm const* const form = recoding == nullptr ? nullptr : &recoding->forms()[stored.tensor];
+    std::uint32_t const t = form == nullptr ? stored.tensor : form->tensor;
+    TensorSpec const& tensor = state.tensors[t];
+    StateEntry const* entry = state.local_tensors[t];
     if (entry == nullptr) continue;
-    Here& here = groups[shares.group_of(stored.tensor)];
+    Here& here = groups[shares.group_of(t)];
     if (!here.known) {
       here.known = true;
       here.coordinate = tensor.layout.mesh.coordinate_of(rank);
@@ -133,12 +136,24 @@ std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& 
     if (!here.coordinate) continue;
     HeldPart const& held = here.held;
     if (stored.box.shape.empty() || held.empty()) continue;
+    if (form != nullptr && form->recoded) {
+      // What begins in the elements that this rank would write if they were stored as they are.
+      auto const add_part = [&](Box const& box) {
+        Box const owned = form->grid.owned(box, tensor.layout.shape, form->shape);
+        Box part;
+        if ((form->shape.rank() > 0 || PartGrid::owns_scalar(box)) && intersect(owned, stored.box, part) && !part.empty()) transfers.push_back(recoding->transfer(stored, part));
+      };
+      CellRange const range = shares.range_of(t, *here.coordinate, held);
+      if (held.flat) for_each_box(held.box, held.begin + range.begin, held.begin + range.end, [&](Box const& box, std::int64_t) { add_part(box); });
+      else for_each_box(held.box, range.begin, range.end, [&](Box const& box, std::int64_t) { add_part(box); });
+      continue;
+    }
     bool const only_mine = plan.files[stored.file].only_rank >= 0;
     auto const add = [&](Box const& box, MemoryView const& memory) -> Transfer* {
       Box part;
       if (!intersect(box, stored.box, part)) return nullptr;
       transfers.push_back(make_transfer(tensor.dtype, tensor.dtype, part, box, memory, stored.box, stored.offset));
-      transfers.back().tensor = stored.tensor;
+      transfers.back().tensor = t;
       transfers.back().file = stored.file;
       return &transfers.back();
     };
@@ -147,7 +162,7 @@ std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& 
       for_each_held_box(held, tensor.dtype, memory, add);
       continue;
     }
-    CellRange const range = shares.range_of(stored.tensor, *here.coordinate, held);
+    CellRange const range = shares.range_of(t, *here.coordinate, held);
     if (held.flat) {
       auto const [part, begin] = slice_of(held, tensor.dtype, memory, range.begin, range.end);
       for_each_held_box(part, tensor.dtype, begin, add);
@@ -215,15 +230,48 @@ std::vector<std::pair<std::string, Value>> collect_values(CommRef comm, AgreedSt
   return values;
 }
 
+/// What rank 0 has collected, to all ranks. Collective.
+template <class = Deferred>
+void broadcast_values(CommRef comm, std::vector<std::pair<std::string, Value>>& values) {
+  Bytes bytes;
+  if (comm.rank() == 0) {
+    ByteWriter out;
+    auto const put = [&](Value const& value) { out.number(value.kind).number(value.dtype).block(value.payload); };
+    for (auto const& [name, value] : values) {
+      out.text(name).number(static_cast<std::uint64_t>(value.ranks.size()));
+      put(value);
+      for (auto const& one : value.ranks) put(one);
+    }
+    bytes = out.take();
+  }
+  broadcast_bytes(comm, bytes, 0);
+  if (comm.rank() == 0) return;
+  values.clear();
+  for (ByteReader in{bytes}; !in.done() && in.ok();) {
+    auto const get = [&] {
+      Value value;
+      value.kind = in.number<ValueKind>(), value.dtype = in.number<DType>();
+      auto const payload = in.block();
+      value.payload.assign(payload.begin(), payload.end());
+      return value;
+    };
+    std::string name = in.text();
+    auto count = in.number<std::uint64_t>();
+    Value value = get();
+    for (; count > 0 && in.ok(); --count) value.ranks.push_back(get());
+    values.emplace_back(std::move(name), std::move(value));
+  }
+}
+
 /// The commit record, but for values and files.
 template <class = Deferred>
-CommitRecord record_of(AnyStorage const& storage, AgreedState const& state) {
+CommitRecord record_of(AnyStorage const& storage, AgreedState const& state, std::vector<TensorSpec> const& stored) {
   CommitRecord record;
   record.storage = storage.name();
   record.file_layout = storage.file_layout();
   record.groups = storage.groups();
-  record.tensors.reserve(state.tensors.size());
-  for (auto const& tensor : state.tensors) record.tensors.push_back({tensor.name, tensor.dtype, tensor.layout.shape});
+  record.tensors.reserve(stored.size());
+  for (auto const& tensor : stored) record.tensors.push_back({tensor.name, tensor.dtype, tensor.layout.shape});
   for (auto const& tie : state.ties) record.ties.emplace_back(tie.dropped, tie.kept);
   return record;
 }
@@ -233,17 +281,21 @@ CommitRecord record_of(AnyStorage const& storage, AgreedState const& state) {
 struct PlannedState {
   Shares shares;
   FilePlan files;
+  std::shared_ptr<Recoding> recoding;   // where tensors are not stored as they are
 
   template <class = Deferred>
-  static PlannedState of(AgreedState const& state, AnyStorage const& storage, std::int64_t rank, std::int64_t ranks) {
+  static PlannedState of(AgreedState const& state, AnyStorage const& storage, std::int64_t rank, std::int64_t ranks, std::vector<std::pair<std::string, Value>> const* values = nullptr) {
     Shares shares{state.tensors, ranks};
-    FilePlan files = storage.plan_files({state.tensors, shares, state.ties, rank, ranks});
-    return {std::move(shares), std::move(files)};
+    std::shared_ptr<Recoding> recoding = storage.recoding(state.tensors);
+    FilePlan files = storage.plan_files({recoding ? recoding->stored() : state.tensors, shares, state.ties, rank, ranks, values, recoding ? &recoding->parts_of() : nullptr});
+    return {std::move(shares), std::move(files), std::move(recoding)};
   }
+  /// What the files hold.
+  std::vector<TensorSpec> const& stored(AgreedState const& state) const { return recoding ? recoding->stored() : state.tensors; }
   /// The writes of `rank`. Keeps references to `state` and to this.
   template <class = Deferred>
   SavePlan writes(AgreedState const& state, std::int64_t rank, std::int64_t ranks, SavePlan::Options const& options) const {
-    return {state.tensors, shares, files, transfers_to_save(state, shares, files, rank, ranks), rank, ranks, options};
+    return {state.tensors, shares, files, transfers_to_save(state, shares, files, recoding.get(), rank, ranks), rank, ranks, options, recoding ? &recoding->forms() : nullptr};
   }
 };
 
@@ -319,13 +371,21 @@ std::shared_ptr<PlannedSave> agree_and_plan(CommRef comm, AnyStorage const& stor
   if (settings.check == Check::contents) compare_replicas(comm, planned->agreed);
 
   watch.enter("plan");
+  // Values that files hold decide where what is in them.
+  bool const first_values = storage.holds_values();
+  if (first_values) {
+    values = collect_values(comm, planned->agreed, agree(comm, "save: plan", [&] { return own_values(planned->agreed, comm.rank()); }));
+    broadcast_values(comm, values);
+  }
   Bytes own;
   planned->plan = agree(comm, "save: plan", [&] {
-    own = own_values(planned->agreed, comm.rank());
-    if (comm.rank() == 0) planned->record = record_of(storage, planned->agreed);
-    return PlannedState::of(planned->agreed, storage, comm.rank(), comm.size());
+    if (!first_values) own = own_values(planned->agreed, comm.rank());
+    PlannedState plan = PlannedState::of(planned->agreed, storage, comm.rank(), comm.size(), first_values ? &values : nullptr);
+    if (comm.rank() == 0) planned->record = record_of(storage, planned->agreed, plan.stored(planned->agreed));
+    return plan;
   });
-  values = collect_values(comm, planned->agreed, own);
+  agree_on_recoding(comm, planned->plan->recoding.get());
+  if (!first_values) values = collect_values(comm, planned->agreed, own);
   return planned;
 }
 
@@ -348,6 +408,7 @@ Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
   auto const planned = agree_and_plan(comm, storage, place, state, settings, watch, values);
   AgreedState const& agreed = planned->agreed;
   PlannedState const& plan = *planned->plan;
+  if (plan.recoding) prepare_recoding(comm, *plan.recoding, agreed, plan.shares, settings, watch);
 
   watch.enter("attempt");
   std::unique_ptr<Attempt<>> attempt;
@@ -361,6 +422,7 @@ Report save_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
       Opened result;
       if (comm.rank() != 0) return result;
       extra = storage.extra_files();
+      if (plan.recoding) storage.describe(*plan.recoding, extra);
       std::vector<std::string> carried;
       for (auto const& [name, bytes] : extra) carried.push_back(name);
       attempt = std::make_unique<Attempt<>>(medium, place.path, settings.if_exists == IfExists::replace, carried, std::move(*planned->record));
@@ -422,7 +484,8 @@ struct verb_arguments : a_storage<S>, a_communicator<C> {};
 template <class S, class C>
 Report save(C& comm, place_of<S> const& place, StateDict const& state, SaveOptions<S> const& options = {}) {
   [[maybe_unused]] detail::verb_arguments<S, C> check;
-  if constexpr (Storage<S> && Communicator<C>) {
+  [[maybe_unused]] detail::a_writable_storage<detail::can_be_written<S>()> writable;
+  if constexpr (Storage<S> && Communicator<C> && detail::can_be_written<S>()) {
     return detail::save_state(CommRef{comm}, *S::open(options.storage), S::locate(place), state, detail::settings_of(options));
   } else {
     return {};

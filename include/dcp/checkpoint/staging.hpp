@@ -235,6 +235,19 @@ class Staging final : public StagingWork {
     all.reserve(plan_->transfers().size());
     for (auto const& transfer : plan_->transfers()) {
       std::uint64_t raw = 0;
+      if (transfer.source != nullptr) {
+        // Made of the state's memory: of what it would be now.
+        Bytes made;
+        constexpr std::int64_t piece = 64 << 10;
+        for (std::int64_t at = transfer.begin; at < transfer.end; at += piece) {
+          std::int64_t const count = std::min(piece, transfer.end - at);
+          made.resize(static_cast<std::size_t>(bytes_of(transfer.dtype, count)));
+          transfer.source->produce(at, count, made.data());
+          raw = crc64_raw(made, raw);
+        }
+        all.push_back(raw);
+        continue;
+      }
       transfer.for_each_run(transfer.begin, transfer.end, [&](std::uint64_t, std::byte const* memory, std::size_t bytes) { raw = crc64_raw({memory, bytes}, raw); });
       all.push_back(raw);
     }

@@ -6,12 +6,14 @@
 #include <dcp/base/algorithms.hpp>
 #include <dcp/core/box.hpp>
 #include <dcp/core/dtype.hpp>
+#include <dcp/core/encoding.hpp>
 #include <dcp/core/value.hpp>
 #include <dcp/plan/schema.hpp>
 
 #include <algorithm>
 #include <compare>
 #include <cstdint>
+#include <memory>
 #include <set>
 #include <string>
 #include <string_view>
@@ -27,6 +29,7 @@ struct FoundTensor {
   Extents shape;            // of what this file holds
   std::uint64_t offset = 0; // in the file, in bytes
   Extents origin;           // of the piece in the global tensor; all 0 for a whole one
+  Bytes content{};          // of a small tensor that must be known before anything can be planned
 };
 /// What the header of one file says.
 struct FoundFile {
@@ -36,6 +39,7 @@ struct FoundFile {
   bool pieces = false;      // whether the file says that its tensors are pieces of larger ones
   std::vector<FoundTensor> tensors;
   std::vector<Tie> ties;
+  std::vector<std::pair<std::string, Value>> values{};   // of formats that hold some beside tensors
 };
 
 struct CatalogFile {
@@ -53,19 +57,29 @@ struct CatalogTensor {
   Extents shape;
   std::vector<StoredPiece> pieces;   // in order of preference where they overlap
   std::vector<StoredPiece> copies;   // with the box of a piece before them: read only to be compared
+  // Of a tensor that is decoded: how, and where its parts lie. It has no pieces of its own; dtype is what it becomes if nothing else is asked for.
+  std::shared_ptr<Encoding const> encoding{};
+  std::vector<std::vector<StoredPiece>> parts{};
 };
 struct Catalog {
   std::vector<CatalogFile> files;
   std::vector<CatalogTensor> tensors;                      // sorted by name
+  std::vector<CatalogTensor> raw{};                        // what decoded tensors are made of, as it is stored; sorted by name
   std::vector<std::pair<std::string, Value>> values;       // sorted by name
+  bool values_describe = false;                            // the tensors, rather than being state: a load need not want them
   std::vector<Tie> ties;                                   // sorted by dropped name
   std::vector<std::string> duplicates;                     // pieces stored twice, in words
   std::vector<std::string> warnings;
 
   template <class = Deferred>
-  CatalogTensor const* find_tensor(std::string_view name) const {
-    auto const at = std::lower_bound(tensors.begin(), tensors.end(), name, [](auto const& t, std::string_view n) { return t.name < n; });
-    return at != tensors.end() && at->name == name ? &*at : nullptr;
+  CatalogTensor const* find_tensor(std::string_view name) const { return find_in(tensors, name); }
+  template <class = Deferred>
+  CatalogTensor const* find_raw(std::string_view name) const { return find_in(raw, name); }
+  /// As it is stored, whether something is decoded from it or not.
+  template <class = Deferred>
+  CatalogTensor const* find_stored(std::string_view name) const {
+    CatalogTensor const* const part = find_raw(name);
+    return part != nullptr ? part : find_tensor(name);
   }
   template <class = Deferred>
   Value const* find_value(std::string_view name) const {
@@ -78,6 +92,13 @@ struct Catalog {
     auto const at = std::lower_bound(ties.begin(), ties.end(), name, [](Tie const& t, std::string const& n) { return t.dropped < n; });
     return at != ties.end() && at->dropped == name ? at->kept : name;
   }
+
+ private:
+  template <class = Deferred>
+  static CatalogTensor const* find_in(std::vector<CatalogTensor> const& list, std::string_view name) {
+    auto const at = std::lower_bound(list.begin(), list.end(), name, [](auto const& t, std::string_view n) { return t.name < n; });
+    return at != list.end() && at->name == name ? &*at : nullptr;
+  }
 };
 
 template <class = Deferred>
@@ -87,9 +108,12 @@ Bytes encode(FoundFile const& file) {
   for (auto const& t : file.tensors) {
     out.text(t.name).number(t.dtype).number(t.offset).number(t.shape.rank());
     for (int d = 0; d < t.shape.rank(); ++d) out.number(t.shape[d]).number(t.origin[d]);
+    out.block(t.content);
   }
   out.number<std::uint64_t>(file.ties.size());
   for (auto const& tie : file.ties) out.text(tie.dropped).text(tie.kept);
+  out.number<std::uint64_t>(file.values.size());
+  for (auto const& [name, value] : file.values) out.text(name).number(value.kind).number(value.dtype).block(value.payload);
   return out.take();
 }
 template <class = Deferred>
@@ -102,15 +126,26 @@ FoundFile decode_found_file(ConstByteSpan bytes) {
     t.name = in.text(), t.dtype = in.number<DType>(), t.offset = in.number<std::uint64_t>();
     t.shape = t.origin = Extents::filled(std::clamp(in.number<int>(), 0, max_rank), 0);
     for (int d = 0; d < t.shape.rank(); ++d) t.shape[d] = in.number<std::int64_t>(), t.origin[d] = in.number<std::int64_t>();
+    auto const content = in.block();
+    t.content.assign(content.begin(), content.end());
   }
   for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
     Tie& tie = file.ties.emplace_back();
     tie.dropped = in.text(), tie.kept = in.text();
   }
+  for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
+    auto& [name, value] = file.values.emplace_back();
+    name = in.text(), value.kind = in.number<ValueKind>(), value.dtype = in.number<DType>();
+    auto const payload = in.block();
+    value.payload.assign(payload.begin(), payload.end());
+  }
   return file;
 }
 
 namespace detail {
+template <class = Deferred>
+std::string describe(DType dtype, Extents const& shape) { return to_string(shape) + ' ' + std::string{to_string(dtype)}; }
+
 // Orders pieces, by their indices, so that equal boxes are equal.
 struct ByBox {
   std::vector<StoredPiece> const* pieces;

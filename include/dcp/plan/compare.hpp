@@ -35,13 +35,10 @@ struct WantedValue {
 struct Comparison {
   std::vector<WantedTensor> tensors;   // in the order of the tensors asked for
   std::vector<WantedValue> values;
-  std::vector<std::string> missing, unexpected, cast, kept;
+  std::vector<std::string> missing, unexpected, cast, kept, decoded;
 };
 
 namespace detail {
-template <class = Deferred>
-std::string describe(DType dtype, Extents const& shape) { return to_string(shape) + ' ' + std::string{to_string(dtype)}; }
-
 // Whether `x` is a value of To, and which.
 template <class To, class From>
 bool exactly(From x, To& out) {
@@ -100,8 +97,16 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
                    TiedNames names_tied_to, PolicyOf policy_of) {
   Comparison result;
   Problems problems;
-  std::vector<bool> used(catalog.tensors.size());
+  // Whoever reads a tensor as it is stored has used what is decoded from it.
+  std::vector<bool> used(catalog.tensors.size()), used_raw(catalog.raw.size());
   auto const number_of = [&](CatalogTensor const* tensor) { return static_cast<std::size_t>(tensor - catalog.tensors.data()); };
+  auto const is_raw = [&](CatalogTensor const* tensor) { return !catalog.raw.empty() && tensor >= catalog.raw.data() && tensor < catalog.raw.data() + catalog.raw.size(); };
+  auto const use = [&](CatalogTensor const* tensor) {
+    auto const at = is_raw(tensor) ? used_raw.begin() + (tensor - catalog.raw.data()) : used.begin() + (tensor - catalog.tensors.data());
+    bool const before = *at;
+    *at = true;
+    return before;
+  };
   auto const find = [&](std::string const& name) -> CatalogTensor const* {
     if (auto const* tensor = catalog.find_tensor(name)) return tensor;
     return catalog.find_tensor(catalog.stored_name(name));
@@ -112,7 +117,15 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
     wanted.stored = find(tensor.name);
     for (auto const& other : names_tied_to(tensor.name)) {
       if (wanted.stored == nullptr) wanted.stored = find(other);
-      if (auto const* also = find(other)) used[number_of(also)] = true;
+      if (auto const* also = find(other)) use(also);
+    }
+    bool const takes_floats = tensor.dtype == DType::f32 || tensor.dtype == DType::bf16 || tensor.dtype == DType::f16 || tensor.dtype == DType::f64;
+    bool const decodes = wanted.stored != nullptr && wanted.stored->encoding != nullptr && takes_floats;
+    // A name of something stored, with its own dtype and shape or without anything decoded of that name: its bytes are meant. Floats that are scaled are
+    // not, where they were stored as floats too.
+    if (auto const* raw = catalog.find_raw(tensor.name); raw != nullptr && (wanted.stored == nullptr || (!decodes && raw->dtype == tensor.dtype && raw->shape == tensor.layout.shape))) {
+      if (wanted.stored != nullptr) used[number_of(wanted.stored)] = true;
+      wanted.stored = raw;
     }
     if (wanted.stored == nullptr) {
       if (catalog.find_value(tensor.name) != nullptr) {
@@ -126,8 +139,7 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
       }
       continue;
     }
-    wanted.shared = used[number_of(wanted.stored)] && names_tied_to(tensor.name).empty();
-    used[number_of(wanted.stored)] = true;
+    wanted.shared = use(wanted.stored) && names_tied_to(tensor.name).empty();
     CatalogTensor const& stored = *wanted.stored;
     auto const difference = [&] { return tensor.name + ": checkpoint has " + detail::describe(stored.dtype, stored.shape) + ", state wants " + detail::describe(tensor.dtype, tensor.layout.shape); };
     if (!(stored.shape == tensor.layout.shape)) {
@@ -138,6 +150,8 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
         problems.add(ErrorCode::shape_mismatch, difference() + " (Size mismatch)");
         problems.hint("LoadOptions::on_shape = keep leaves such tensors unchanged");
       }
+    } else if (stored.encoding != nullptr && takes_floats) {
+      result.decoded.push_back(tensor.name + ": " + stored.encoding->scheme() + " to " + std::string{to_string(tensor.dtype)});
     } else if (stored.dtype != tensor.dtype) {
       if (policy.cast && can_cast(stored.dtype, tensor.dtype)) result.cast.push_back(tensor.name + ": " + std::string{to_string(stored.dtype)} + " to " + std::string{to_string(tensor.dtype)});
       else problems.add(ErrorCode::dtype_mismatch, difference() + (policy.cast ? "; there is no cast between them that keeps what it should" : ""));
@@ -152,7 +166,7 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
     if (stored == nullptr) {
       if (find(value.name) != nullptr) {
         problems.add(ErrorCode::kind_mismatch, value.name + ": checkpoint has a tensor, state wants a value");
-        used[number_of(find(value.name))] = true;
+        use(find(value.name));
       } else if (!policy.allow_missing) {
         problems.add(ErrorCode::missing_entry, value.name + ": Missing key in checkpoint; state wants a value (" + std::string{to_string(value.value_kind)} + ")");
         problems.hint("LoadOptions::on_missing = keep leaves such entries unchanged");
@@ -182,8 +196,14 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
     }
     wanted.stored = stored;
   }
+  auto const parts_are_used = [&](CatalogTensor const& tensor) {
+    if (tensor.encoding == nullptr) return false;
+    for (auto const& part : tensor.encoding->parts())
+      if (auto const* raw = catalog.find_raw(part.name); raw != nullptr && used_raw[static_cast<std::size_t>(raw - catalog.raw.data())]) return true;
+    return false;
+  };
   for (auto const& tensor : catalog.tensors) {
-    if (used[number_of(&tensor)]) continue;
+    if (used[number_of(&tensor)] || parts_are_used(tensor)) continue;
     if (policy_of(tensor.name).allow_unexpected) result.unexpected.push_back(tensor.name);
     else problems.add(ErrorCode::unexpected_entry, tensor.name + ": in the checkpoint, but not in the state"), problems.hint("LoadOptions::on_unexpected = ignore leaves such entries out");
   }
@@ -192,6 +212,7 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
     bool operator()(std::string_view other, SchemaEntry const& entry) const { return other.compare(entry.name) < 0; }
   };
   for (auto const& [name, value] : catalog.values) {
+    if (catalog.values_describe) break;
     if (std::binary_search(values.begin(), values.end(), name, ByName{})) continue;
     if (policy_of(name).allow_unexpected) result.unexpected.push_back(name);
     else problems.add(ErrorCode::unexpected_entry, name + ": in the checkpoint, but not in the state"), problems.hint("LoadOptions::on_unexpected = ignore leaves such entries out");

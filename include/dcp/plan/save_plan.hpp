@@ -15,6 +15,7 @@
 //     fewer, so that no file has more slots than ranks may open it; a rank writes one slot, and everything in it is sent to it.
 
 #include <dcp/base/config.hpp>
+#include <dcp/core/encoding.hpp>
 #include <dcp/plan/shares.hpp>
 #include <dcp/plan/transfer_index.hpp>
 
@@ -37,9 +38,17 @@ struct PlannedFile {
   std::vector<Literal> literals;
   std::int64_t only_rank = -1;       // the rank that alone writes it, or -1
 };
+/// What is stored of a tensor of the state: the tensor as it is, or a part of what it is encoded as.
+struct StoredForm {
+  std::uint32_t tensor;     // of the state
+  DType dtype{};
+  Extents shape;
+  bool recoded = false;
+  PartGrid grid{};          // of a part: how it lies along the tensor
+};
 /// A box of a tensor, stored densely at `offset` of a file.
 struct StoredBox {
-  std::uint32_t tensor;   // index into the tensors planned
+  std::uint32_t tensor;   // index into the tensors planned, which are StoredForms where something is encoded
   std::uint32_t file;
   std::uint64_t offset;
   Box box;
@@ -182,9 +191,10 @@ class SavePlan {
   };
 
   /// `transfers`: what `rank` holds of the stored boxes (its shares) and of literals, in any order; fastest in that of the files.
+  /// `forms`: what the stored boxes are of, where something is encoded; it must outlive the plan, as must `tensors`, `shares` and `files`.
   template <class = Deferred>
-  SavePlan(std::vector<TensorSpec> const& tensors, Shares const& shares, FilePlan const& files, std::vector<Transfer> transfers, std::int64_t rank, std::int64_t ranks, Options options)
-      : tensors_{tensors}, shares_{shares}, files_{files}, rank_{rank}, ranks_{ranks}, options_{options} {
+  SavePlan(std::vector<TensorSpec> const& tensors, Shares const& shares, FilePlan const& files, std::vector<Transfer> transfers, std::int64_t rank, std::int64_t ranks, Options options, std::vector<StoredForm> const* forms = nullptr)
+      : tensors_{tensors}, shares_{shares}, files_{files}, forms_{forms}, rank_{rank}, ranks_{ranks}, options_{options} {
     index_ = TransferIndex{std::move(transfers)};
     if (ranks > options.writers_per_file) slots_ = {files.files, ranks, options.writers_per_file, options.block_bytes, options.forwarded_bytes};
     if (!slots_.empty()) return;
@@ -209,14 +219,16 @@ class SavePlan {
     if (s == no_box) return header_writer(file, ranks_);
     if (!in_long_runs_[s]) return segment_owner(file, position);
     StoredBox const& stored = files_.stored[s];
-    TensorSpec const& tensor = tensors_[stored.tensor];
-    std::int64_t element = static_cast<std::int64_t>((position - stored.offset) * 8 / static_cast<std::uint64_t>(bits_of(tensor.dtype)));
+    std::int64_t element = static_cast<std::int64_t>((position - stored.offset) * 8 / static_cast<std::uint64_t>(bits_of(dtype_of_stored(stored))));
     Extents index = stored.box.shape;
     for (int d = index.rank(); d-- > 0;) {
       index[d] = stored.box.origin[d] + element % stored.box.shape[d];
       element /= stored.box.shape[d];
     }
-    return shares_.writer_of(stored.tensor, index);
+    if (forms_ == nullptr) return shares_.writer_of(stored.tensor, index);
+    StoredForm const& form = (*forms_)[stored.tensor];
+    if (!form.recoded) return shares_.writer_of(form.tensor, index);
+    return shares_.writer_of(form.tensor, form.grid.first_element(index, tensors_[form.tensor].layout.shape));
   }
 
   /// Files without bytes that this rank is to create: no write of anybody does.
@@ -315,16 +327,17 @@ class SavePlan {
     return result;
   }
 
+  DType dtype_of_stored(StoredBox const& stored) const { return forms_ == nullptr ? tensors_[stored.tensor].dtype : (*forms_)[stored.tensor].dtype; }
   FileRange stored_range(std::size_t s) const {
     StoredBox const& stored = files_.stored[s];
-    return {stored.offset, stored.offset + bytes_of(tensors_[stored.tensor].dtype, static_cast<std::int64_t>(stored.box.size()))};
+    return {stored.offset, stored.offset + bytes_of(dtype_of_stored(stored), static_cast<std::int64_t>(stored.box.size()))};
   }
   // The first stored box of the file whose bytes reach beyond `position`.
   template <class = Deferred>
   std::size_t first_stored(std::uint32_t file, std::uint64_t position) const {
     auto const at = std::partition_point(files_.stored.begin(), files_.stored.end(), [&](StoredBox const& s) {
       if (s.file != file) return s.file < file;
-      return s.offset + bytes_of(tensors_[s.tensor].dtype, static_cast<std::int64_t>(s.box.size())) <= position;
+      return s.offset + bytes_of(dtype_of_stored(s), static_cast<std::int64_t>(s.box.size())) <= position;
     });
     return static_cast<std::size_t>(at - files_.stored.begin());
   }
@@ -339,14 +352,16 @@ class SavePlan {
   template <class = Deferred>
   bool lies_in_long_runs(StoredBox const& stored) const {
     if (ranks_ == 1) return true;
-    TensorSpec const& tensor = tensors_[stored.tensor];
-    Box const cell = box_at(tensor.layout, MeshGeometry::Coordinate{});
+    StoredForm const* const form = forms_ == nullptr ? nullptr : &(*forms_)[stored.tensor];
+    TensorSpec const& tensor = tensors_[form == nullptr ? stored.tensor : form->tensor];
+    Box cell = box_at(tensor.layout, MeshGeometry::Coordinate{});
+    if (form != nullptr && form->recoded) cell = form->grid.owned(cell, tensor.layout.shape, form->shape);
     Extents const strides = row_major_strides(stored.box.shape);
     std::int64_t run = 1;
     for (int d = cell.rank(); d-- > 0 && (cell.shape[d] == 1 || strides[d] == run);) run *= cell.shape[d];
     // A flat axis cuts on, where it pleases.
     if (int const axis = flat_axis(tensor.layout); axis >= 0) run = std::min(run, ceil_div(cell.shape.elements(), std::max<std::int64_t>(1, flat_parts(tensor.layout, axis))));
-    return bytes_of(tensor.dtype, run) >= options_.long_run_bytes;
+    return bytes_of(dtype_of_stored(stored), run) >= options_.long_run_bytes;
   }
 
   // Whether slots say who owns what of a file.
@@ -384,6 +399,7 @@ class SavePlan {
   std::vector<TensorSpec> const& tensors_;
   Shares const& shares_;
   FilePlan const& files_;
+  std::vector<StoredForm> const* forms_;   // none: what is stored are the tensors
   TransferIndex index_;
   ForwardingSlots slots_;              // none in jobs of few ranks
   std::vector<bool> in_long_runs_;     // of each stored box, there

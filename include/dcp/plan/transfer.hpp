@@ -21,6 +21,14 @@ constexpr std::uint64_t bytes_of(DType dtype, std::int64_t elements) {
   return static_cast<std::uint64_t>(elements) * static_cast<std::uint64_t>(bits_of(dtype)) / 8;
 }
 
+/// Where bytes come from that are in nobody's memory: they are made when they are written.
+class ElementSource {
+ public:
+  virtual ~ElementSource() = default;
+  /// Elements [first, first + count) of the box of a transfer, in row-major order, to `out`. Called by several threads at once.
+  virtual void produce(std::int64_t first, std::int64_t count, std::byte* out) const = 0;
+};
+
 /// Elements [begin, end) of a box, in row-major order of the box, between memory and a file.
 ///
 /// Law       the file position of an element rises with its number, so a file window is a range of elements
@@ -34,6 +42,7 @@ struct Transfer {
   Extents file_strides;           // in elements, row-major strides of the array that the file holds
   MemoryView memory;              // of the box's first element
   std::int64_t begin = 0, end = 0;
+  ElementSource const* source = nullptr;   // of the bytes, instead of memory
 
   std::uint64_t bytes() const { return bytes_of(dtype, end - begin); }
 
@@ -80,6 +89,11 @@ struct Transfer {
     dcp::for_each_run(shape, file_strides, memory.strides, from, to, [&](std::int64_t, std::int64_t in_file, std::int64_t in_memory, std::int64_t length) {
       visit(offset + bytes_of(dtype, in_file), memory.data + static_cast<std::ptrdiff_t>(bytes_of(memory_dtype, in_memory)), static_cast<std::size_t>(bytes_of(dtype, length)));
     });
+  }
+  /// Calls visit(number of the first element, file position, elements) for the longest runs of elements [from, to) that are contiguous in the file.
+  template <class Visit>
+  void for_each_numbered_run(std::int64_t from, std::int64_t to, Visit visit) const {
+    dcp::for_each_run(shape, file_strides, file_strides, from, to, [&](std::int64_t element, std::int64_t in_file, std::int64_t, std::int64_t length) { visit(element, offset + bytes_of(dtype, in_file), length); });
   }
   /// Calls visit(file position, bytes) for the longest runs of elements [from, to) that are contiguous in the file.
   template <class Visit>

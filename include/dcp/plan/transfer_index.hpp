@@ -2,6 +2,7 @@
 #pragma once
 // Transfers in the order of their files and positions, and the question "which of them touch this window of that file".
 
+#include <dcp/base/bytes.hpp>
 #include <dcp/base/config.hpp>
 #include <dcp/plan/transfer.hpp>
 
@@ -67,6 +68,7 @@ class TransferIndex {
   template <class Copy>
   std::uint64_t gather(std::uint32_t at, FileRange range, std::byte* out, Copy copy) const {
     std::uint64_t total = 0;
+    if (transfers_[at].source != nullptr) return produce(at, range, out);
     transfers_[at].for_each_run(first_touching(at, range.begin), transfers_[at].elements_before(range.end), [&](std::uint64_t position, std::byte const* memory, std::size_t bytes) {
       std::uint64_t const begin = std::max(position, range.begin), end = std::min(position + bytes, range.end);
       if (begin >= end) return;
@@ -116,6 +118,28 @@ class TransferIndex {
     });
     for (auto at = static_cast<std::size_t>(first - transfers_.begin()); at < transfers_.size() && transfers_[at].file == file && extents_[at].begin < window.end; ++at)
       visit(static_cast<std::uint32_t>(at));
+  }
+  // What is made for the purpose. An element that the range cuts is made whole.
+  template <class = Deferred>
+  std::uint64_t produce(std::uint32_t at, FileRange range, std::byte* out) const {
+    Transfer const& transfer = transfers_[at];
+    std::uint64_t const width = bytes_of(transfer.dtype, 1);
+    std::uint64_t total = 0;
+    Bytes whole;
+    transfer.for_each_numbered_run(first_touching(at, range.begin), transfer.elements_before(range.end), [&](std::int64_t first, std::uint64_t position, std::int64_t count) {
+      std::uint64_t const size = bytes_of(transfer.dtype, count), begin = std::max(position, range.begin), end = std::min(position + size, range.end);
+      if (begin >= end) return;
+      std::uint64_t const before = (begin - position) / width, behind = ceil_div(end - position, width);
+      if (before * width + position == begin && behind * width + position == end) {
+        transfer.source->produce(first + static_cast<std::int64_t>(before), static_cast<std::int64_t>(behind - before), out + (begin - range.begin));
+      } else {
+        whole.resize(static_cast<std::size_t>((behind - before) * width));
+        transfer.source->produce(first + static_cast<std::int64_t>(before), static_cast<std::int64_t>(behind - before), whole.data());
+        std::memcpy(out + (begin - range.begin), whole.data() + (begin - position - before * width), static_cast<std::size_t>(end - begin));
+      }
+      total += end - begin;
+    });
+    return total;
   }
   // elements_before counts an element that the position cuts as before it; that one touches what follows.
   template <class = Deferred>

@@ -284,7 +284,14 @@ class SafeTensorsDriver final : public AnyStorage {
     };
     Problems problems;
     std::vector<std::string> mixed;
-    for (auto const& tensor : request.tensors) {
+    // Parts of one tensor go to one file, whatever the size and wherever its name says.
+    std::map<std::string_view, std::uint64_t> bytes_of_parts;
+    std::map<std::string_view, int> file_of_parts;
+    if (request.parts_of != nullptr)
+      for (std::size_t t = 0; t < request.tensors.size(); ++t) bytes_of_parts[(*request.parts_of)[t]] += bytes_of(request.tensors[t].dtype, request.tensors[t].layout.shape.elements());
+    for (std::size_t number = 0; number < request.tensors.size(); ++number) {
+      TensorSpec const& tensor = request.tensors[number];
+      std::string const& name = request.parts_of == nullptr ? tensor.name : (*request.parts_of)[number];
       RecordGroup const* group = group_of(tensor.name);
       Target target{stripped(tensor.name, group), directory_of(group), 1};
       Directory& directory = targets.directories[target.directory];
@@ -298,18 +305,22 @@ class SafeTensorsDriver final : public AnyStorage {
         problems.add(error.code(), tensor.name + ": " + error.message());
       }
       std::uint64_t const header = 128 + 6 * target.stored_name.size() + 48 * static_cast<std::size_t>(tensor.layout.shape.rank());   // an upper bound
-      if (options_.file_of.empty()) {
+      if (request.parts_of != nullptr) bytes = bytes_of_parts[name];
+      if (auto const known = file_of_parts.find(name); known != file_of_parts.end()) {
+        target.file = known->second;
+      } else if (options_.file_of.empty()) {
         if (directory.files == 0 || (directory.bytes > 0 && directory.bytes + bytes > options_.max_file_bytes) || directory.header + header > safetensors::max_header_bytes / 2)
           ++directory.files, directory.bytes = directory.header = 0;
         directory.bytes += bytes;
         directory.header += header;
         target.file = directory.files;
-      } else if (auto const at = options_.file_of.find(tensor.name); at == options_.file_of.end() || at->second < 1) {
-        problems.add(ErrorCode::invalid_argument, tensor.name + ": file_of has no file number from 1 for it");
+      } else if (auto const at = options_.file_of.find(name); at == options_.file_of.end() || at->second < 1) {
+        problems.add(ErrorCode::invalid_argument, name + ": file_of has no file number from 1 for it");
       } else {
         target.file = at->second;
         directory.files = std::max(directory.files, at->second);
       }
+      if (request.parts_of != nullptr) file_of_parts.emplace(name, target.file);
       targets.of.push_back(target);
     }
     if (!mixed.empty()) {   // the one way in which names that differ can become the same

@@ -7,6 +7,7 @@
 #include <dcp/media/medium.hpp>
 #include <dcp/plan/catalog.hpp>
 #include <dcp/plan/save_plan.hpp>
+#include <dcp/storage/recoding.hpp>
 
 #include <concepts>
 #include <cstdint>
@@ -30,6 +31,8 @@ struct SaveRequest {
   Shares const& shares;
   std::vector<Tie> const& ties;
   std::int64_t rank, ranks;
+  std::vector<std::pair<std::string, Value>> const* values = nullptr;   // for storages whose files hold them
+  std::vector<std::string> const* parts_of = nullptr;                   // where tensors are encoded: the name in the state of each of `tensors`
 };
 
 /// The data files of a checkpoint, and what an index says of them.
@@ -40,6 +43,7 @@ struct Scan {
   std::vector<std::pair<std::string, std::string>> index;            // tensor -> file, sorted
   std::int64_t total_size = -1;                                      // what the index says, -1 if it does not
   std::vector<std::string> warnings;
+  std::vector<std::pair<std::string, std::string>> texts{};         // small files beside them that say how they are to be understood: name, text
 };
 
 /// What the checkpoint floor asks of a storage.
@@ -53,6 +57,15 @@ class AnyStorage {
   virtual std::string options_text() const = 0;
   /// Problems of options with these tensors come as one Error. Pure, no I/O.
   virtual FilePlan plan_files(SaveRequest const& request) const = 0;
+  /// How tensors are stored where they are not stored as they are; nullptr: all are. plan_files is then given what is to be stored. Pure.
+  virtual std::shared_ptr<Recoding> recoding(std::vector<TensorSpec> const& tensors) const {
+    static_cast<void>(tensors);
+    return nullptr;
+  }
+  /// Whether data files hold the state's values, so that they must be known before files can be planned.
+  virtual bool holds_values() const { return false; }
+  /// Adds what is to be said of encoded tensors to the files that will be copied into the checkpoint. Called on one rank.
+  virtual void describe(Recoding const& recoding, std::vector<std::pair<std::string, Bytes>>& files) const { static_cast<void>(recoding), static_cast<void>(files); }
   /// Where names lie, for the commit record.
   virtual std::vector<RecordGroup> groups() const = 0;
   /// Files to copy into the checkpoint: name there, and its bytes. Called on one rank.
@@ -109,6 +122,17 @@ struct storage_locates {
 };
 template <class S>
 struct storage_is_complete {};
+
+// A storage that only reads says so with a member `writable`.
+template <class S>
+constexpr bool can_be_written() {
+  if constexpr (requires { { S::writable } -> std::convertible_to<bool>; }) return S::writable;
+  else return true;
+}
+template <bool Writable>
+struct a_writable_storage {
+  static_assert(Writable, "dcp: this storage only reads - a Quantized<Scheme, ...> that is saved needs a scheme that can be written, which AnyScheme, Awq and Nf4 are not");
+};
 
 template <class S>
 constexpr auto first_check_of_storage() {

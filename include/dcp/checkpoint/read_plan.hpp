@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// What a rank reads, and what it does with it: bytes that go to memory as they are or cast, and boxes that are decoded.
+
+#include <dcp/base/config.hpp>
+#include <dcp/plan/catalog.hpp>
+#include <dcp/plan/transfer.hpp>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace dcp::detail {
+
+/// What a transfer is for, beside its bytes.
+struct ReadPurpose {
+  bool counts = true;      // false where two entries read one stored tensor: its bytes can be added up for one of them only
+  bool compare = false;    // a piece stored twice: compared with what memory holds, not written to it
+};
+
+/// A box of a tensor that is to be decoded into memory.
+struct Decode {
+  CatalogTensor const* tensor;
+  Box held;
+  DType memory_dtype;
+  MemoryView memory;       // of the box's first element
+  bool counts;             // as of a ReadPurpose
+};
+
+struct ReadPlan {
+  std::vector<Transfer> transfers;
+  std::vector<ReadPurpose> purposes;
+  std::vector<Decode> decodes;
+};
+
+/// Calls visit(dtype, piece) for everything that a tensor is stored as.
+template <class Visit>
+void for_each_stored_piece(CatalogTensor const& tensor, Visit visit) {
+  for (auto const& piece : tensor.pieces) visit(tensor.dtype, piece);
+  for (std::size_t p = 0; p < tensor.parts.size(); ++p)
+    for (auto const& piece : tensor.parts[p]) visit(tensor.encoding->parts()[p].dtype, piece);
+}
+
+/// The transfers that fill `held` of a tensor from its stored pieces, or what decodes it. Where pieces overlap, the first fills and the others are compared;
+/// `copies`: so are those that are stored twice.
+template <class = Deferred>
+void plan_reads(CatalogTensor const& stored, DType memory_dtype, Box const& held, MemoryView const& memory, bool counts, bool copies, ReadPlan& plan) {
+  auto const add = [&](StoredPiece const& piece, Box const& part, bool compare) {
+    if (!on_byte_boundaries(stored.dtype, part, piece.box))
+      throw Error{ErrorCode::misaligned, stored.name + ": the part " + to_string(part) + " of " + std::string{to_string(stored.dtype)} + " elements does not begin and end on a byte"};
+    Transfer transfer = make_transfer(stored.dtype, memory_dtype, part, held, memory, piece.box, piece.offset);
+    transfer.file = piece.file;
+    plan.transfers.push_back(transfer);
+    plan.purposes.push_back({counts, compare});
+  };
+  if (held.empty()) return;
+  if (stored.encoding != nullptr) return plan.decodes.push_back({&stored, held, memory_dtype, memory, counts});
+  if (copies) {
+    Box part;
+    for (auto const& copy : stored.copies)
+      if (intersect(held, copy.box, part)) add(copy, part, true);
+  }
+  if (!any_overlap(stored.pieces, stored.shape)) {
+    Box part;
+    for (auto const& piece : stored.pieces)
+      if (!piece.box.empty() && intersect(held, piece.box, part)) add(piece, part, false);
+    return;
+  }
+  std::vector<Box> missing{held}, rest, filled;
+  for (auto const& piece : stored.pieces) {
+    Box part;
+    for (auto const& box : filled)
+      if (intersect(box, piece.box, part)) add(piece, part, true);
+    rest.clear();
+    for (auto const& box : missing) {
+      if (intersect(box, piece.box, part)) {
+        add(piece, part, false);
+        filled.push_back(part);
+      }
+      subtract(box, piece.box, rest);
+    }
+    std::swap(missing, rest);
+  }
+}
+
+}  // namespace dcp::detail
