@@ -29,12 +29,15 @@
 
 #include <dcp/storage/storage.hpp>
 #include <dcp/storage/safetensors.hpp>
+#include <dcp/storage/quantized.hpp>
+#include <dcp/storage/gguf.hpp>
 
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/report.hpp>
 #include <dcp/checkpoint/save.hpp>
 #include <dcp/checkpoint/async_save.hpp>
 #include <dcp/checkpoint/load.hpp>
+#include <dcp/checkpoint/contents.hpp>
 #include <dcp/checkpoint/manager.hpp>
 #include <dcp/checkpoint/tiered.hpp>
 #include <dcp/checkpoint/flat_ranges.hpp>

@@ -5,18 +5,22 @@
 #include <dcp/checkpoint/reshard.hpp>
 #include <dcp/checkpoint/save.hpp>
 #include <dcp/comm/threads.hpp>
+#include <dcp/storage/quantized.hpp>
 #include <dcp/storage/safetensors.hpp>
 
 #include "support/allocations.hpp"
 #include "support/campaign.hpp"
+#include "support/plain_safetensors.hpp"
 #include "support/temporary_directory.hpp"
 
 #include <doctest/doctest.h>
 
 #include <cstdint>
+#include <filesystem>
 #include <fstream>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -38,7 +42,7 @@ struct Held {
     dcp::DeviceMesh<1> const mesh{world, {world.size()}};
     for (std::int64_t t = 0; t < tensors; ++t) {
       memory.emplace_back(dcp::local_box<P>(mesh, {rows, columns}).size());
-      state.add("t" + std::to_string(t), dcp::ShardedTensor<T, P>{mesh, {rows, columns}, memory.back()});
+      state.add("t" + std::to_string(t) + ".weight", dcp::ShardedTensor<T, P>{mesh, {rows, columns}, memory.back()});
     }
   }
 };
@@ -121,6 +125,81 @@ TEST_CASE("save, load, reshard: a rank allocates its budget and a little metadat
       });
       CHECK(peak <= allowed);
     }
+}
+
+TEST_CASE("load: a rank allocates its budget and a little metadata for what it decodes, however large the tensors and whichever way they are cut") {
+  if (!dcp::test::counts_allocations) return;   // said when the program starts
+  constexpr std::uint64_t budget = std::uint64_t{16} << 20;
+  constexpr std::int64_t outputs = 4096, inputs = 10240;   // 40 MiB in a byte each, 20 MiB in four bits
+  namespace plain = dcp::test::plain;
+  dcp::test::TemporaryDirectory directory;
+  auto const zeros = [](std::int64_t bytes) { return std::string(static_cast<std::size_t>(bytes), '\0'); };
+  auto const put = [&](std::string const& place, plain::File const& file, std::string const& config) {
+    std::filesystem::create_directories(directory / place);
+    plain::write(directory / (place + "/model.safetensors"), file);
+    if (!config.empty()) std::ofstream{directory / (place + "/config.json")} << R"({"quantization_config":)" << config << '}';
+  };
+  auto const ones = [](std::int64_t count) { return std::vector<float>(static_cast<std::size_t>(count), 1.0f); };
+  put("fp8", {{{"w.weight", {"F8_E4M3", {outputs, inputs}, zeros(outputs * inputs)}}, {"w.weight_scale_inv", plain::tensor_of("F32", {outputs / 128, inputs / 128}, ones(outputs / 128 * inputs / 128))}}, {}}, "");
+  put("mxfp4", {{{"w.weight_packed", {"U8", {outputs, inputs / 2}, zeros(outputs * inputs / 2)}}, {"w.weight_scale", {"U8", {outputs, inputs / 32}, zeros(outputs * inputs / 32)}}}, {}}, "");
+  put("gptq", {{{"w.qweight", {"I32", {inputs / 8, outputs}, zeros(inputs * outputs / 2)}}, {"w.qzeros", {"I32", {inputs / 128, outputs / 8}, zeros(inputs / 128 * outputs / 2)}}, {"w.scales", plain::tensor_of("F32", {inputs / 128, outputs}, ones(inputs / 128 * outputs))}}, {}},
+      R"({"quant_method":"gptq","bits":4,"group_size":128})");
+  struct OneTensor {
+    std::vector<dcp::bf16> memory;
+    dcp::StateDict state;
+  };
+  auto const load_as = [&]<class P>(P, int ranks, std::string const& place, int threads) {
+    CAPTURE(ranks);
+    CAPTURE(place);
+    CAPTURE(threads);
+    auto const peak = peak_of(ranks, [](dcp::ThreadComm& world) {
+      dcp::DeviceMesh<1> const mesh{world, {world.size()}};
+      OneTensor one;
+      one.memory.resize(dcp::local_box<P>(mesh, {outputs, inputs}).size());
+      one.state.add("w.weight", dcp::ShardedTensor<dcp::bf16, P>{mesh, {outputs, inputs}, one.memory});
+      return one;
+    }, [&](dcp::ThreadComm& world, OneTensor& one) {
+      dcp::LoadOptions<dcp::Quantized<dcp::AnyScheme, dcp::SafeTensors>> options;
+      options.memory_bytes = budget;
+      options.threads = threads;
+      CHECK(dcp::load<dcp::Quantized<dcp::AnyScheme, dcp::SafeTensors>>(world, directory / place, one.state, options).decoded.size() == 1);
+    });
+    CHECK(peak <= static_cast<std::size_t>(ranks) * (budget + (1 << 20)));
+  };
+  for (std::string const place : {"fp8", "mxfp4", "gptq"})
+    for (int const ranks : {1, 2}) {
+      load_as(Placement<Shard<0>>{}, ranks, place, 2);
+      load_as(Placement<Shard<1>>{}, ranks, place, 2);
+      load_as(Placement<Replicate>{}, ranks, place, 16);
+    }
+}
+
+TEST_CASE("save: what quantizes on the way allocates no more than the budget, however groups are cut") {
+  if (!dcp::test::counts_allocations) return;
+  for (int const ranks : {1, 2, 4}) {
+    CAPTURE(ranks);
+    dcp::test::TemporaryDirectory directory;
+    std::uint64_t const budget = dcp::least_memory_bytes;
+    auto const save_as = [&]<class S, class P>(std::type_identity<S>, P, char const* how, std::int64_t group) {
+      CAPTURE(how);
+      auto const peak = peak_of(ranks, [](dcp::ThreadComm& world) { return Held<float, P>{world}; }, [&](dcp::ThreadComm& world, Held<float, P>& held) {
+        dcp::SaveOptions<S> options;
+        options.if_exists = dcp::IfExists::replace;
+        options.memory_bytes = budget;
+        options.storage.group = group;
+        dcp::save<S>(world, directory / "ckpt", held.state, options);
+      });
+      CHECK(peak <= static_cast<std::size_t>(ranks) * budget);
+      CHECK(peak >= 1 << 20);
+    };
+    using dcp::Quantized, dcp::SafeTensors;
+    save_as(std::type_identity<Quantized<dcp::Fp8Block<>, SafeTensors>>{}, Placement<Shard<0>>{}, "blocks, cut along rows", 128);
+    save_as(std::type_identity<Quantized<dcp::Fp8Block<>, SafeTensors>>{}, Placement<Shard<1>>{}, "blocks, cut along columns", 128);
+    save_as(std::type_identity<Quantized<dcp::Fp8Channel, SafeTensors>>{}, Placement<Replicate>{}, "rows, replicated", 128);
+    save_as(std::type_identity<Quantized<dcp::Fp8Channel, SafeTensors>>{}, Placement<Shard<1>>{}, "rows, cut along columns", 128);
+    save_as(std::type_identity<Quantized<dcp::Nvfp4, SafeTensors>>{}, Placement<Shard<1>>{}, "short groups, cut along columns", 128);
+    save_as(std::type_identity<Quantized<dcp::Gptq, SafeTensors>>{}, Placement<Shard<0>>{}, "transposed words, cut along rows", 80);
+  }
 }
 
 TEST_CASE("save, load, reshard: a budget that is too small is refused on all ranks before anything is touched") {

@@ -5,6 +5,8 @@
 #include <dcp/comm/self.hpp>
 #include <dcp/comm/threads.hpp>
 #include <dcp/media/memory.hpp>
+#include <dcp/storage/gguf.hpp>
+#include <dcp/storage/quantized.hpp>
 #include <dcp/storage/safetensors.hpp>
 
 #include "support/campaign.hpp"
@@ -31,6 +33,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include <poll.h>
@@ -141,6 +144,31 @@ TEST_CASE("Executor::process: another process writes, byte by byte what threads 
     by_process.erase("dcp.json"), by_thread.erase("dcp.json");
     CHECK(by_process == by_thread);
   }
+}
+
+TEST_CASE("Executor::process: what is quantized on the way is byte by byte what save writes") {
+  dcp::test::TemporaryDirectory directory;
+  auto const each = [&]<class S>(std::type_identity<S>, std::string const& name, dcp::SaveOptions<S> options) {
+    CAPTURE(name);
+    dcp::run_threads(2, [&](dcp::ThreadComm& world) {
+      dcp::DeviceMesh<1> const mesh{world, {2}};
+      using Columns = dcp::Placement<dcp::Shard<1>>;
+      std::vector<float> memory(dcp::local_box<Columns>(mesh, {96, 160}).size());
+      for (std::size_t i = 0; i < memory.size(); ++i) memory[i] = static_cast<float>(i % 97) - 40.0f * static_cast<float>(world.rank());
+      dcp::ShardedTensor<float, Columns> const tensor{mesh, {96, 160}, memory};
+      std::int64_t step = 7;
+      dcp::StateDict const state{{"layer.weight", tensor}, {"step", step}};
+      dcp::save<S>(world, directory / name, state, options);
+      options.executor = dcp::Executor::process, options.saver_program = DCP_SAVER_PROGRAM;
+      CHECK(dcp::async_save<S>(world, directory / (name + "-process"), state, options).wait().saver_processes.size() == 2);
+    });
+    auto by_process = files_in(directory / (name + "-process")), by_thread = files_in(directory / name);
+    by_process.erase("dcp.json"), by_thread.erase("dcp.json");
+    CHECK(by_process == by_thread);
+  };
+  each(std::type_identity<dcp::Quantized<dcp::Fp8Block<>, dcp::SafeTensors>>{}, "fp8", {});
+  each(std::type_identity<dcp::Quantized<dcp::Mxfp4, dcp::SafeTensors>>{}, "mxfp4", {});
+  each(std::type_identity<dcp::Gguf>{}, "gguf", {.storage = {.quantize_to = "Q4_0"}});
 }
 
 TEST_CASE("Executor::process: one process serves save after save, with a state larger than the memory that both share") {

@@ -3,6 +3,16 @@
 
 namespace dcp::detail {
 template class SafeTensorsDriver<>;
+template class QuantizedDriver<>;
+template class GgufDriver<>;
+template class QuantizedFinder<>;
+template class GroupEncoding<>;
+template class TransposedEncoding<>;
+template class FlatEncoding<>;
+template class GgufEncoding<>;
+template class GroupQuantizer<>;
+template class GgufQuantizer<>;
+template Contents read_contents<>(CommRef, AnyStorage const&, PlaceRef const&, LoadSettings const&);
 template Report save_state<>(CommRef, AnyStorage const&, PlaceRef const&, StateDict const&, SaveSettings const&);
 template Report load_state<>(CommRef, AnyStorage const&, PlaceRef const&, StateDict const&, LoadSettings const&);
 template OwnedState load_owned<>(CommRef, AnyStorage const&, PlaceRef const&, std::vector<std::string> const&, LoadSettings);

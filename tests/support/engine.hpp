@@ -5,6 +5,16 @@
 
 namespace dcp::detail {
 extern template class SafeTensorsDriver<>;
+extern template class QuantizedDriver<>;
+extern template class GgufDriver<>;
+extern template class QuantizedFinder<>;
+extern template class GroupEncoding<>;
+extern template class TransposedEncoding<>;
+extern template class FlatEncoding<>;
+extern template class GgufEncoding<>;
+extern template class GroupQuantizer<>;
+extern template class GgufQuantizer<>;
+extern template Contents read_contents<>(CommRef, AnyStorage const&, PlaceRef const&, LoadSettings const&);
 extern template Report save_state<>(CommRef, AnyStorage const&, PlaceRef const&, StateDict const&, SaveSettings const&);
 extern template Report load_state<>(CommRef, AnyStorage const&, PlaceRef const&, StateDict const&, LoadSettings const&);
 extern template OwnedState load_owned<>(CommRef, AnyStorage const&, PlaceRef const&, std::vector<std::string> const&, LoadSettings);

@@ -117,7 +117,7 @@ dcp_python_environment() {
   echo "installing $(grep -v '^#' "$requirements" | tr '\n' ' ')into $environment: 5.4 GB, once (76 s where it was measured)"
   if "$base" -m venv "$temporary" &&
     "$temporary/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir -r "$requirements" &&
-    "$temporary/bin/python" -c 'import numpy, safetensors.torch, torch, torch.distributed.checkpoint' &&
+    "$temporary/bin/python" -c 'import gguf, numpy, safetensors.torch, torch, torch.distributed.checkpoint' &&
     touch "$temporary/complete"; then
     rm -rf "$environment"
     mv -T "$temporary" "$environment" || true   # another run may have been first

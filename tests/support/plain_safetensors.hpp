@@ -62,7 +62,8 @@ inline File read(std::string const& path) {
   return file;
 }
 
-inline void write(std::string const& path, File const& file) {
+/// The bytes of a file.
+inline std::string bytes_of(File const& file) {
   nlohmann::json header = nlohmann::json::object();
   std::string data;
   for (auto const& [name, tensor] : file.tensors) {
@@ -72,9 +73,12 @@ inline void write(std::string const& path, File const& file) {
   if (!file.metadata.empty()) header["__metadata__"] = file.metadata;
   std::string const text = header.dump();
   std::uint64_t const length = text.size();
+  return std::string{reinterpret_cast<char const*>(&length), 8} + text + data;
+}
+
+inline void write(std::string const& path, File const& file) {
   std::ofstream out{path, std::ios::binary};
-  out.write(reinterpret_cast<char const*>(&length), 8);
-  out << text << data;
+  out << bytes_of(file);
   if (!out.flush()) throw std::runtime_error{"cannot write " + path};
 }
 
