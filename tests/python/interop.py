@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the comparisons with PyTorch and safetensors share: our program, hashes of tensors, ranks."""
+"""What the comparisons with PyTorch, safetensors and gguf share: our programs, hashes of tensors, ranks."""
 import hashlib
 import json
 import os
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -21,11 +22,27 @@ NAMES = {
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
-def tool(*arguments):
-    """Runs our program; an error there ends the test."""
-    program = pathlib.Path(os.environ["DCP_BUILD_DIR"]) / "tests" / "python" / "interop_tool"
-    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=250)
-    check(done.returncode == 0, f"interop_tool {arguments}: {done.stderr or done.returncode}")
+def tool(*arguments, program="interop_tool"):
+    """Runs a program of ours; an error there ends the test."""
+    path = pathlib.Path(os.environ["DCP_BUILD_DIR"]) / "tests" / "python" / program
+    done = subprocess.run([path, *map(str, arguments)], capture_output=True, text=True, timeout=250)
+    check(done.returncode == 0, f"{program} {arguments}: {done.stderr or done.returncode}")
+
+
+def quantize(scheme, tensors, place, ranks=2):
+    """Saves `tensors` with us; those that are named "q." and more are quantized."""
+    safetensors.torch.save_file(tensors, f"{place}.safetensors")
+    tool("save", scheme, f"{place}.safetensors", place, ranks, program="quantized_tool")
+
+
+def load_quantized(place, dtype, kind="safetensors", ranks=3):
+    """What we load from a checkpoint of somebody, quantized tensors as `dtype`; and the facts of it."""
+    with tempfile.TemporaryDirectory() as out:
+        tool("load", kind, place, ranks, NAMES[dtype], f"{out}/plain", f"{out}/found.json", program="quantized_tool")
+        tensors = {}
+        for path in pathlib.Path(out, "plain").glob("*.safetensors"):
+            tensors |= safetensors.torch.load_file(path)
+        return tensors, read_json(f"{out}/found.json")
 
 
 def check(condition, message):
@@ -43,6 +60,11 @@ def facts(tensor):
     if tensor.dtype == torch.float4_e2m1fn_x2:
         shape[-1] *= 2
     return {"dtype": NAMES[tensor.dtype], "shape": shape, "sha256": hashlib.sha256(tensor_bytes(tensor)).hexdigest()}
+
+
+def check_same(found, expected, where):
+    """Compares two maps of names to tensors, bit for bit."""
+    check_equal({name: facts(tensor) for name, tensor in found.items()}, {name: facts(tensor) for name, tensor in expected.items()}, where)
 
 
 def check_equal(found, expected, where):

@@ -11,6 +11,7 @@
 
 #include "support/golden_state.hpp"
 #include "support/sha256.hpp"
+#include "support/some_layout.hpp"
 #include "support/whole_tensor.hpp"
 
 #include <atomic>
@@ -22,6 +23,7 @@ namespace {
 
 using dcp::DType;
 using dcp::test::HeldTensors;
+using dcp::test::layouts;
 using dcp::test::made_tensor;
 using dcp::test::WholeTensor;
 using Tensors = std::vector<WholeTensor>;
@@ -38,28 +40,6 @@ void write_json(std::string const& file, nlohmann::json const& json) {
   std::ofstream out{file};
   out << json.dump(1) << '\n';
   if (!out.flush()) throw std::runtime_error{"cannot write " + file};
-}
-
-// A placement for the `index`-th tensor: on a line of ranks or on a grid of two rows, replicated, split by any of its dimensions, or by two;
-// or split as a flat buffer, in runs that begin and end inside rows.
-dcp::Layout some_layout(WholeTensor const& tensor, std::size_t index, int ranks) {
-  dcp::Layout layout;
-  do {
-    if (index % 7 == 6) return dcp::plain_layout(tensor.shape);
-    layout = {};
-    layout.shape = layout.split_shape = tensor.shape;
-    bool const grid = ranks % 2 == 0 && index % 2 == 1;
-    layout.mesh = grid ? dcp::test::mesh_of({2, ranks / 2}) : dcp::test::mesh_of({ranks});
-    int const dims = tensor.shape.rank();
-    for (std::size_t a = 0; a < static_cast<std::size_t>(layout.mesh.axes); ++a)
-      if (auto const choice = static_cast<int>(index / 2 + 2 * a) % (dims + 1); choice < dims) layout.rules[a] = {dcp::RuleKind::shard, choice, -1};
-    if (!grid && index % 5 == 3 && dcp::bits_of(tensor.dtype) >= 8) layout.rules[0] = dcp::FlatShard::rule;
-    ++index;
-  } while (!dcp::test::cuts_whole_bytes(layout, tensor.dtype));
-  return layout;
-}
-HeldTensors::LayoutOf layouts(Tensors const& tensors, int ranks) {
-  return [&tensors, ranks](WholeTensor const& tensor) { return some_layout(tensor, static_cast<std::size_t>(&tensor - tensors.data()), ranks); };
 }
 
 void write(dcp::FileLayout layout, std::string const& reader, std::string const& directory, int ranks, std::uint64_t file_bytes, std::string const& expected) {
