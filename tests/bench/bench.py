@@ -102,6 +102,13 @@ class Bench:
             side.quit()
         self.sides = {}
 
+    def end(self):
+        """After a failure: the ranks that still wait for commands."""
+        for side in self.sides.values():
+            for process in side.process:
+                if process.poll() is None:
+                    process.terminate()
+
     def both(self, verb, **words):
         for side in self.sides.values():
             side.do(verb, **words)
@@ -131,7 +138,7 @@ class Bench:
 
     def bounded(self, work, what, value, unit, most):
         self.limits.append({"work": work, "what": what, "ranks": self.ranks, "value": value, "unit": unit, "most": most})
-        print(f"{work:<42} {self.ranks} {what}: {value:.1f} {unit}, target <= {most} {'met' if value <= most else 'MISSED'}", flush=True)
+        print(f"{work:<42} {self.ranks} {what}: {value:.2f} {unit}, target <= {most} {'met' if value <= most else 'MISSED'}", flush=True)
 
     @staticmethod
     def line(row):
@@ -219,6 +226,8 @@ class Bench:
             path = place("many.safetensors")
             write_many(path, 100_000)
             self.measure("open a file of 100,000 tensors", "warm", {"dcp": ("ours", "open", {"place": path}, None), "safe_open": ("theirs", "open", {"place": path}, None)}, [("dcp", "safe_open", 5)])
+        if wanted("quantized"):
+            self.quantized()
         self.stop()
         if wanted("plan"):
             for schema, what, most in (("405b", "405B parameters on 8,960 ranks", 2), ("experts", "64 sets of names on 8,960 ranks", 10)):
@@ -264,6 +273,49 @@ class Bench:
             side.do("load", place=self.latest(place("run")))
             side.do("check")
 
+    def quantized(self):
+        """Into bfloat16, and from it. Checkpoints that others wrote have no checksums; where one of ours is read, it is verified."""
+        import quantized
+        place = lambda name: self.work / f"quantized-{name}"
+        size = {"count": 8, "rows": 4096, "columns": 4096}
+        make = quantized.Maker(**size)
+        for scheme in ("plain", *quantized.SCHEMES):
+            make.safetensors(scheme, place(scheme))
+        for kind in quantized.KINDS:
+            make.gguf(kind, place(kind))
+        self.start(2)
+        self.both("matrices", **size, dim=0)
+        ours, theirs = self.sides["ours"], self.sides["theirs"]
+        ours.do("fill-matrices")
+        self.measure("durable save of bfloat16", "-", {"dcp, FP8 blocks": ("ours", "save-matrices", {"place": place("ours"), "quantized": 1}, None), "dcp, as it is": ("ours", "save-matrices", {"place": place("ours-plain"), "quantized": 0}, None)},
+                     [("dcp, FP8 blocks", "dcp, as it is", None)])
+        for dim in (0, 1):
+            self.both("matrices", **size, dim=dim)
+            reader = {name: ("theirs", "load-matrices", {"place": place("ours"), "with": "quantized", "threads": threads}, None) for threads, name in QUANTIZED_READERS.items()}
+            self.measure(f"load, FP8 blocks, Shard({dim})", "warm", {"dcp, verified": ("ours", "load-matrices", {"place": place("ours")}, None), "dcp, unverified": ("ours", "load-matrices", {"place": place("ours"), "verify": "none"}, None), **reader},
+                         [(name, against, None) for name in ("dcp, verified", "dcp, unverified") for against in reader])
+            self.same_matrices("FP8 blocks")
+        self.both("matrices", **size, dim=0)
+        load = lambda name, form: ("ours", "load-matrices", {"place": place(name), "as": form}, None)
+        contestants = {"dcp, plain bfloat16": load("plain", "plain"), **{f"dcp, {scheme}": load(scheme, "quantized") for scheme in quantized.SCHEMES}, **{f"dcp, GGUF {kind}": load(kind, "gguf") for kind in quantized.KINDS}}
+        self.measure("load to bfloat16", "warm", contestants, [(name, "dcp, plain bfloat16", None) for name in contestants if name != "dcp, plain bfloat16"])
+        for kind in ("Q4_0", "Q4_K", "Q8_0"):
+            self.measure(f"load, GGUF {kind}", "warm", {"dcp": load(kind, "gguf"), "gguf-py": ("theirs", "load-matrices", {"place": place(kind), "with": "gguf"}, None)}, [("dcp", "gguf-py", None)])
+            self.same_matrices(kind)
+        self.start(1)
+        self.sides["ours"].do("matrices", **size)
+        parts = {f"dcp, {name}": ("ours", "load-parts", {"place": place("fp8_block"), "parts": count}, None) for name, count in (("8 column shards", 8), ("whole", 1))}
+        answers = self.turns(parts)
+        self.compare("load, FP8 blocks, ranks are threads", "warm", figure("seconds", answers), [("dcp, 8 column shards", "dcp, whole", None)])
+        shard, whole = (all_answers[0]["read_bytes"] for all_answers in answers.values())
+        self.bounded("load, FP8 blocks, ranks are threads", "bytes read for 1 of 8 column shards, in those of the whole", shard / whole, "x", 0.13)
+
+    def same_matrices(self, what):
+        """Both sides must have loaded the same."""
+        digests = {name: side.do("digest")["digest"] for name, side in self.sides.items()}
+        if len(set(digests.values())) > 1:
+            sys.exit(f"{what}: the two sides loaded different values: {digests}")
+
     @staticmethod
     def latest(root):
         return f"{root}/{pathlib.Path(root, 'latest').read_text().strip()}"
@@ -284,14 +336,17 @@ def main():
     parser.add_argument("--mpirun", default="mpirun")
     parser.add_argument("--work", required=True)
     parser.add_argument("--repeats", type=int, default=8, help="the first is dropped")
-    parser.add_argument("--only", default="", help="of: save,load,async,small,open,plan")
+    parser.add_argument("--only", default="", help="of: save,load,async,small,open,plan,quantized")
     parser.add_argument("--quick", action="store_true", help="without cold caches and small tensors")
     parser.add_argument("--json")
     parser.add_argument("--svg")
     parser.add_argument("--markdown", help="the table of README.md")
     arguments = parser.parse_args()
     bench = Bench(arguments)
-    bench.run()
+    try:
+        bench.run()
+    finally:
+        bench.end()
     machine = {"system": platform.platform(), "processor": processor(), "processors": os.cpu_count(), "python": platform.python_version(), **versions()}
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     missed = sum(not met(row) for row in bench.rows) + sum(limit["value"] > limit["most"] for limit in bench.limits)
@@ -317,10 +372,11 @@ def processor():
 
 def versions():
     from importlib.metadata import version
-    return {name: version(name) for name in ("torch", "safetensors")}
+    return {name: version(name) for name in ("torch", "safetensors", "gguf")}
 
 
-NAMES = {"hf writer, consolidated": "HuggingFaceStorageWriter, consolidated", "O_DIRECT, 1 in flight": "O_DIRECT writes, one in flight, and fsync",
+QUANTIZED_READERS = {1: "quantized reader", 2: "quantized reader, 2 threads"}
+NAMES = {**{name: f"QuantizedHuggingFaceStorageReader, thread_count={threads}" for threads, name in QUANTIZED_READERS.items()}, "gguf-py": "gguf-py's dequantize and a cast", "hf writer, consolidated": "HuggingFaceStorageWriter, consolidated", "O_DIRECT, 1 in flight": "O_DIRECT writes, one in flight, and fsync",
          **{f"async_save, {executor}{how}": f"PyTorch's async_save, {executor} executor{how}" for executor in ("thread", "process") for how in ("", ", stager kept")}}
 
 

@@ -17,6 +17,11 @@
 //                                                     a place: while nothing is
 //   load place=... verify=standard
 //   open place=...                                    a file: all that its header says
+//   matrices count=8 rows=4096 columns=4096 dim=0     bfloat16, split along `dim` over the ranks
+//   fill-matrices | digest                            different values everywhere; the sum of their bits over all ranks, as `digest`
+//   save-matrices place=... quantized=1 files=4       in FP8 blocks of 128 x 128, or as they are
+//   load-matrices place=... as=plain|quantized|gguf verify=standard
+//   load-parts place=... parts=8                      all column shards of the matrices, on so many ranks that are threads; `read_bytes` of the first
 //   raw place=... direct=1                            the same bytes by plain writes of 4 MiB, one after the other, with fsync: no format
 //   quit
 #include <dcp/comm/mpi.hpp>
@@ -42,6 +47,7 @@
 #include <optional>
 #include <sstream>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -104,11 +110,95 @@ struct State {
   }
 };
 
-std::map<std::string, int> files_of(State const& state, std::int64_t count) {
+std::map<std::string, int> files_of(std::int64_t tensors, std::int64_t count) {
   std::map<std::string, int> files;
-  for (std::int64_t t = 0; t < state.tensors; ++t) files["layers." + std::to_string(t) + ".weight"] = static_cast<int>(t * count / state.tensors) + 1;
+  for (std::int64_t t = 0; t < tensors; ++t)
+    files["layers." + std::to_string(t) + ".weight"] = static_cast<int>(t * count / tensors) + 1;
   return files;
 }
+
+// What quantized checkpoints are loaded into and saved from: matrices in bfloat16.
+struct Matrices {
+  using Fp8 = dcp::Quantized<dcp::Fp8Block<128, 128>, dcp::SafeTensors>;
+  using Any = dcp::Quantized<dcp::AnyScheme, dcp::SafeTensors>;
+
+  dcp::MpiComm& world;
+  std::int64_t count = 0;
+  dcp::Layout layout;
+  dcp::Box box;
+  std::vector<std::vector<dcp::bf16>> memory;
+
+  void make(Words const& words) {
+    count = number(words, "count", 8);
+    dcp::Extents const shape{number(words, "rows", 4096), number(words, "columns", 4096)};
+    dcp::DeviceMesh<1> const mesh{world, {world.size()}};
+    layout = number(words, "dim", 0) == 0 ? dcp::layout_of<Rows>(mesh, shape) : dcp::layout_of<Columns>(mesh, shape);
+    box = *dcp::box_of_rank(layout, world.rank());
+    memory.clear();
+    for (std::int64_t t = 0; t < count; ++t) memory.emplace_back(box.size());
+  }
+  void fill() {
+    std::uint32_t x = static_cast<std::uint32_t>(world.rank()) + 1;
+    for (auto& matrix : memory)
+      for (auto& element : matrix) element = dcp::bf16{static_cast<float>(static_cast<std::int32_t>(x = x * 1664525u + 1013904223u)) * 0x1p-31f};
+  }
+  std::uint64_t digest() const {
+    std::uint64_t sum = 0;
+    for (auto const& matrix : memory)
+      for (auto const element : matrix) sum += element.bits();
+    return sum;
+  }
+  dcp::StateDict state() {
+    dcp::StateDict all;
+    for (std::int64_t t = 0; t < count; ++t) all.add_tensor("layers." + std::to_string(t) + ".weight", dcp::DType::bf16, layout, {reinterpret_cast<std::byte*>(memory[static_cast<std::size_t>(t)].data()), dcp::row_major_strides(box.shape)});
+    return all;
+  }
+  dcp::Report save(Words const& words) {
+    auto const on = [&]<class S>(S, auto set) {
+      dcp::SaveOptions<S> options;
+      options.if_exists = dcp::IfExists::replace;
+      set(options.storage).file_of = files_of(count, number(words, "files", 4));
+      return dcp::save<S>(world, text(words, "place"), state(), options);
+    };
+    if (number(words, "quantized", 1) == 0) return on(dcp::SafeTensors{}, [](auto& storage) -> auto& { return storage; });
+    return on(Fp8{}, [](auto& storage) -> auto& { return storage.base; });
+  }
+  dcp::Report load(Words const& words, dcp::Verify verify) {
+    auto const on = [&]<class S>(S) {
+      dcp::LoadOptions<S> options;
+      options.verify = verify;
+      return dcp::load<S>(world, text(words, "place"), state(), options);
+    };
+    std::string const as = text(words, "as");
+    if (as == "plain") return on(dcp::SafeTensors{});
+    if (as == "gguf") return on(dcp::Gguf{});
+    return on(Any{});
+  }
+  // Seconds, and bytes read by the first rank.
+  std::pair<double, std::uint64_t> load_parts(Words const& words) const {
+    auto const parts = static_cast<int>(number(words, "parts", 8));
+    std::pair<double, std::uint64_t> outcome;
+    dcp::run_threads(parts, [&](dcp::ThreadComm& threads) {
+      dcp::DeviceMesh<1> const mesh{threads, {parts}};
+      dcp::Layout const columns = dcp::layout_of<Columns>(mesh, layout.shape);
+      dcp::Box const part = *dcp::box_of_rank(columns, threads.rank());
+      std::vector<std::vector<dcp::bf16>> target;
+      dcp::StateDict wanted;
+      for (std::int64_t t = 0; t < count; ++t) {
+        auto& matrix = target.emplace_back(part.size());
+        wanted.add_tensor("layers." + std::to_string(t) + ".weight", dcp::DType::bf16, columns, {reinterpret_cast<std::byte*>(matrix.data()), dcp::row_major_strides(part.shape)});
+      }
+      threads.barrier();
+      auto const begin = std::chrono::steady_clock::now();
+      auto const report = dcp::load<Any>(threads, text(words, "place"), wanted);
+      if (threads.rank() != 0) return;
+      outcome.first = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+      for (auto const& phase : report.phases)
+        if (phase.name == "read") outcome.second = phase.ranks[0].bytes;
+    });
+    return outcome;
+  }
+};
 
 // Saves in the background, as a trainer makes them: one manager, one description of the state, a new step every time.
 class Run {
@@ -238,6 +328,7 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
   std::map<std::string, Run> runs;   // by place
   Copy copy;
   Compute compute;
+  Matrices matrices{world, 0, {}, {}, {}};
   std::ifstream commands{folder + "/ours." + std::to_string(world.rank())};
   std::ofstream answers;
   if (world.rank() == 0) answers.open(folder + "/ours.reply");
@@ -250,6 +341,7 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
     if (verb == "quit") return 0;
     std::string answer, failure;
     double seconds = 0, commit = 0, planning = 0, over_read = 0;
+    std::uint64_t digest = 0, read_bytes = 0;
     if (verb != "async") forget_peak();   // no trainer takes its allocator's memory away between saves
     std::int64_t const before = resident_kib();
     try {
@@ -264,7 +356,7 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
         auto at = runs.find(place);
         if (at == runs.end()) {
           dcp::SaveOptions<dcp::SafeTensors> options;
-          if (auto const files = number(words, "files", 1); files > 1) options.storage.file_of = files_of(state, files);
+          if (auto const files = number(words, "files", 1); files > 1) options.storage.file_of = files_of(state.tensors, files);
           if (text(words, "executor") == "process") options.executor = dcp::Executor::process, options.saver_program = DCP_SAVER_PROGRAM;
           at = runs.try_emplace(place, world, place, state, options, text(words, "stager") == "deferred").first;
         }
@@ -290,7 +382,7 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
           options.threads = static_cast<int>(number(words, "threads", options.threads));
           options.checksums = number(words, "checksums", 1) != 0;
           if (text(words, "direct") == "never") options.direct_io = dcp::DirectIo::never;
-          if (auto const files = number(words, "files", 1); files > 1) options.storage.file_of = files_of(state, files);
+          if (auto const files = number(words, "files", 1); files > 1) options.storage.file_of = files_of(state.tensors, files);
           if (world.rank() == 0) std::filesystem::remove_all(place);   // the other side's is removed before its turn, too
           timed([&] {
             auto const report = dcp::save<On>(world, place, state, options);
@@ -336,6 +428,23 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
           over_read = static_cast<double>(report.tensor_bytes + report.over_read_bytes + report.verification_bytes) / static_cast<double>(report.tensor_bytes);
           if (number(words, "report", 0) != 0 && world.rank() == 0) std::cerr << report << '\n';
         });
+      } else if (verb == "matrices") {
+        matrices.make(words);
+      } else if (verb == "fill-matrices") {
+        matrices.fill();
+      } else if (verb == "digest") {
+        digest = matrices.digest();
+      } else if (verb == "save-matrices") {
+        if (world.rank() == 0) std::filesystem::remove_all(place);
+        timed([&] { matrices.save(words); });
+      } else if (verb == "load-matrices") {
+        dcp::Report report;
+        timed([&] { report = matrices.load(words, verify_of(text(words, "verify", "standard"))); });
+        for (auto const& phase : report.phases)
+          if (phase.name == "read") read_bytes = phase.ranks[static_cast<std::size_t>(world.rank())].bytes;
+        if (number(words, "report", 0) != 0 && world.rank() == 0) std::cerr << report << '\n';
+      } else if (verb == "load-parts") {
+        std::tie(seconds, read_bytes) = matrices.load_parts(words);
       } else if (verb == "open") {
         timed([&] {
           dcp::FileHandle const file = dcp::FileHandle::open_read(place);
@@ -361,14 +470,15 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
     struct Outcome {
       double seconds, commit, planning;
       std::int64_t extra;
+      std::uint64_t digest, read_bytes;
       bool failed;
     };
-    auto const outcomes = dcp::all_gather_value(dcp::CommRef{world}, Outcome{seconds, commit, planning, extra, !failure.empty()});
-    Outcome all{0, 0, 0, 0, false};
+    auto const outcomes = dcp::all_gather_value(dcp::CommRef{world}, Outcome{seconds, commit, planning, extra, digest, read_bytes, !failure.empty()});
+    Outcome all{0, 0, 0, 0, 0, 0, false};
     for (auto const& o : outcomes)
-      all = {std::max(all.seconds, o.seconds), std::max(all.commit, o.commit), std::max(all.planning, o.planning), std::max(all.extra, o.extra), all.failed || o.failed};
+      all = {std::max(all.seconds, o.seconds), std::max(all.commit, o.commit), std::max(all.planning, o.planning), std::max(all.extra, o.extra), all.digest + o.digest, all.read_bytes + o.read_bytes, all.failed || o.failed};
     if (!failure.empty()) std::cerr << "rank " << world.rank() << ": " << verb << ": " << failure << '\n';
-    if (world.rank() == 0) answers << "{\"seconds\": " << all.seconds << ", \"commit\": " << all.commit << ", \"planning\": " << all.planning << ", \"extra_kib\": " << all.extra << ", \"read_times\": " << over_read << ", \"failed\": " << (all.failed ? "true" : "false") << "}\n" << std::flush;
+    if (world.rank() == 0) answers << "{\"seconds\": " << all.seconds << ", \"commit\": " << all.commit << ", \"planning\": " << all.planning << ", \"extra_kib\": " << all.extra << ", \"read_times\": " << over_read << ", \"digest\": " << all.digest << ", \"read_bytes\": " << all.read_bytes << ", \"failed\": " << (all.failed ? "true" : "false") << "}\n" << std::flush;
   }
   return 0;
 }

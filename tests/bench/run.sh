@@ -4,12 +4,12 @@
 #
 #   tests/bench/run.sh            every row, 8 turns each, the first of which is dropped: about ten minutes
 #   tests/bench/run.sh --quick    three turns, warm, large tensors: a minute's look
-#   tests/bench/run.sh --only save,load,async,small,open,plan
+#   tests/bench/run.sh --only save,load,async,small,open,plan,quantized
 #
 # Installs what is missing, builds with -O2, prints one table and writes it to build/bench/results.json, .svg (the chart) and .md (the
 # table of README.md).
 # Rows are medians with the smallest and largest turn in brackets. Environment: DCP_BENCH_DIR (build/bench/work: where checkpoints are
-# written, about 6 GiB), DCP_CACHE (~/.cache/dcp: the PyTorch environment).
+# written, about 8 GiB), DCP_CACHE (~/.cache/dcp: the PyTorch environment).
 set -eu -o pipefail
 
 # shellcheck source=tests/support/install.sh

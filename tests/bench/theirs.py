@@ -8,6 +8,8 @@ Takes the commands of bench_ranks from <folder>/theirs.<rank>, and rank 0 answer
   save|load with=hf|files|safetensors place=... files=4        hf: HuggingFaceStorageWriter with consolidation; files: FileSystemWriter
   async executor=thread|process stager=default|kept place=...  dcp.async_save; default: without a word about staging; kept: one stager for all
                                                                saves, which uses its memory again, shared with the process where that writes
+  matrices count=8 rows=4096 columns=4096 dim=0 | digest       bfloat16, split along `dim` over the ranks; the sum of their bits over all ranks
+  load-matrices with=quantized|gguf place=... threads=2        QuantizedHuggingFaceStorageReader; or gguf-py's dequantize, of this rank's rows
   open place=...                                               safetensors.safe_open, the names of all tensors
 """
 import contextlib
@@ -25,6 +27,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,6 +35,30 @@ from torch.distributed.tensor import DTensor, Shard
 
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
+
+
+class Matrices:
+    """What quantized checkpoints are loaded into."""
+
+    def __init__(self, mesh, count, rows, columns, dim):
+        self.rank, self.ranks = (mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1)
+        local = [rows, columns]
+        each = -(-local[dim] // self.ranks)
+        self.begin, self.end = min(local[dim], self.rank * each), min(local[dim], self.rank * each + each)
+        local[dim] = self.end - self.begin
+        self.memory = {f"layers.{t}.weight": torch.zeros(*local, dtype=torch.bfloat16) for t in range(count)}
+        self.state = {name: tensor if mesh is None else DTensor.from_local(tensor, mesh, [Shard(dim)], run_check=False, shape=torch.Size([rows, columns]), stride=(columns, 1)) for name, tensor in self.memory.items()}
+
+    def load(self, how, place, threads):
+        if how == "quantized":
+            dcp.load(self.state, storage_reader=QuantizedHuggingFaceStorageReader(place, thread_count=threads, target_dtype=torch.bfloat16), no_dist=self.ranks == 1)
+            return
+        import gguf
+        for tensor in gguf.GGUFReader(f"{place}/model.gguf").tensors:
+            self.memory[tensor.name].copy_(torch.from_numpy(gguf.quants.dequantize(tensor.data[self.begin:self.end], tensor.tensor_type)))
+
+    def digest(self):
+        return sum(int((tensor.view(torch.int16).to(torch.int64) & 0xFFFF).sum()) for tensor in self.memory.values())
 
 
 class State:
@@ -115,13 +142,13 @@ def main():
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
         mesh = init_device_mesh("cpu", (ranks,))
-    state = None
+    state = matrices = None
     commands = open(f"{folder}/theirs.{rank}")
     answers = open(f"{folder}/theirs.reply", "w") if rank == 0 else None
     for line in commands:
         verb, *words = line.split()
         words = dict(word.split("=", 1) for word in words)
-        seconds, commit, failure = 0.0, 0.0, ""
+        seconds, commit, digest, failure = 0.0, 0.0, 0, ""
         if verb == "quit":
             break
         try:
@@ -156,6 +183,12 @@ def main():
                 stall, commit = async_save(state, words["executor"], words["stager"], words["place"])
             elif verb == "load":
                 load(state, words["with"], words["place"])
+            elif verb == "matrices":
+                matrices = Matrices(mesh, *(int(words[name]) for name in ("count", "rows", "columns", "dim")))
+            elif verb == "digest":
+                digest = matrices.digest()
+            elif verb == "load-matrices":
+                matrices.load(words["with"], words["place"], int(words.get("threads", 1)))
             elif verb == "open":
                 with safe_open(words["place"], "pt") as file:
                     count = len(file.keys())
@@ -168,10 +201,12 @@ def main():
             failure = f"{type(error).__name__}: {error}"
             print(f"rank {rank}: {verb}: {failure}", file=sys.stderr)
         outcome = torch.tensor([seconds, commit, float(bool(failure))], dtype=torch.float64)
+        digest = torch.tensor(digest)
         if ranks > 1:
             dist.all_reduce(outcome, op=dist.ReduceOp.MAX)
+            dist.all_reduce(digest)
         if rank == 0:
-            print(json.dumps({"seconds": outcome[0].item(), "commit": outcome[1].item(), "failed": bool(outcome[2].item())}), file=answers, flush=True)
+            print(json.dumps({"seconds": outcome[0].item(), "commit": outcome[1].item(), "digest": digest.item(), "failed": bool(outcome[2].item())}), file=answers, flush=True)
     if ranks > 1:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
