@@ -38,7 +38,7 @@ dcp_install ccache clang libeigen3-dev liburing-dev libcurl4-openssl-dev libopen
 if dcp_has clang; then dcp_install libclang-rt-dev || true; fi
 echo "$(g++ --version | head -n 1); $(cmake --version | head -n 1); $(clang++ --version 2>/dev/null | head -n 1 || echo 'no clang++'); $jobs jobs"
 
-dcp_say "Python: PyTorch and safetensors, whose checkpoints ours are compared with"
+dcp_say "Python: PyTorch, safetensors and gguf, whose checkpoints ours are compared with"
 if [ $mode = quick ]; then dcp_python_environment --if-there; else dcp_python_environment; fi
 if [ -n "$dcp_python" ]; then echo "$dcp_python"; else echo "left out: $dcp_python_reason"; fi
 
