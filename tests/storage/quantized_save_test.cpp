@@ -447,7 +447,7 @@ TEST_CASE("Quantized: the parts of a tensor lie in one file, whatever the size o
         for (auto const& name : names_in(plain::read(entry.path().string()))) files[name.substr(0, name.find(".up."))].insert(entry.path().filename().string());
     return files;
   };
-  for (std::uint64_t const size : {1, 100, 400, 440, 500, 900, 1000}) {
+  for (std::uint64_t const size : {1u, 100u, 400u, 440u, 500u, 900u, 1000u}) {
     CAPTURE(size);
     auto const files = saved_with({.max_file_bytes = size}, "size-" + std::to_string(size));
     CHECK(files.size() == tensors.size());
