@@ -159,8 +159,9 @@ TEST_CASE("Executor::process: what is quantized on the way is byte by byte what 
       std::int64_t step = 7;
       dcp::StateDict const state{{"layer.weight", tensor}, {"step", step}};
       dcp::save<S>(world, directory / name, state, options);
-      options.executor = dcp::Executor::process, options.saver_program = DCP_SAVER_PROGRAM;
-      CHECK(dcp::async_save<S>(world, directory / (name + "-process"), state, options).wait().saver_processes.size() == 2);
+      dcp::SaveOptions<S> by_process = options;
+      by_process.executor = dcp::Executor::process, by_process.saver_program = DCP_SAVER_PROGRAM;
+      CHECK(dcp::async_save<S>(world, directory / (name + "-process"), state, by_process).wait().saver_processes.size() == 2);
     });
     auto by_process = files_in(directory / (name + "-process")), by_thread = files_in(directory / name);
     by_process.erase("dcp.json"), by_thread.erase("dcp.json");

@@ -328,9 +328,9 @@ TEST_CASE("parts that were saved with checksums, in one file or in shards, are v
         settings.verify = cut.ranks == 2 ? dcp::Verify::full : dcp::Verify::standard;
         check_cut(any_scheme(), place, one.values, cut, settings);
       }
+      settings.verify = dcp::Verify::full;
       dcp::run_threads(2, [&](dcp::ThreadComm& world) {
         HeldTensors held{one.values, [](WholeTensor const& t) { return layout_on({2}, t.shape, {split(0)}); }, world.rank(), false};
-        settings.verify = dcp::Verify::full;
         auto const report = any_scheme().load(world, place, held.state, settings);
         CHECK(!report.foreign);
         CHECK(report.verified_bytes > 0);
