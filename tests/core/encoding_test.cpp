@@ -274,7 +274,7 @@ TEST_CASE("for_each_tile, law: tiles are the box, each element once, of about th
     in_many += tiles > 3;
     if (box.shape.elements() <= size) CHECK(tiles == 1);
   }
-  CHECK(in_many > test::rounds(2000, 40'000) / 50);
+  CHECK(in_many > test::rounds(2000, 40'000) / 20);
 }
 
 TEST_CASE("for_each_tile: tiles of codes in rows are whole rows, and as many as a scale covers if they are not three times too many") {

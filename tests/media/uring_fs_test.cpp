@@ -233,6 +233,5 @@ TEST_CASE("UringFs: ranks that are killed at any time, their writes in the kerne
   namespace kills = dcp::test::kills;
   auto const seed = dcp::test::first_seed() + 2'000'000;
   CAPTURE(seed);
-  // Under the thread sanitizer, on a machine that has other things to do, one takes seconds.
-  kills::check(kills::campaign<dcp::UringFs>(seed, dcp::test::rounds(60, 600), kills::time_of()), dcp::test::under_a_sanitizer ? 1 : 5);
+  kills::check(kills::campaign<dcp::UringFs>(seed, dcp::test::rounds(60, 600), kills::time_of()), 5);
 }

@@ -403,7 +403,7 @@ TEST_CASE("law: a GGUF file in which bytes are changed loads or is refused by an
     CHECK(code_of(text) != "unknown");
     refused += text == "ok" ? 0 : 1;
   }
-  CHECK(refused > 5);
+  CHECK(refused > 20);
 }
 
 TEST_CASE("an MXFP4 scale that is no number is refused when its tensor is read, by name (G45)") {

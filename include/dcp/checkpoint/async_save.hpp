@@ -211,6 +211,10 @@ struct PendingSave {
   }
 };
 
+/// Whether the plan of a save is good for the next one: nothing in it depends on contents.
+template <class = Deferred>
+bool stays_valid(AnyStorage const& storage, SaveSettings const& settings) { return settings.check == Check::values && !storage.holds_values(); }
+
 /// agree_and_plan, or what `cache` remembers of it where that holds on all ranks. Collective.
 template <class = Deferred>
 std::pair<std::shared_ptr<PlannedSave>, bool> agree_or_reuse(CommRef comm, AnyStorage const& storage, PlaceRef const& place, StateDict const& state, SaveSettings const& settings, Stopwatch& watch, std::vector<std::pair<std::string, Value>>& values, PlanCache<>* cache) {
@@ -239,8 +243,7 @@ std::pair<std::shared_ptr<PlannedSave>, bool> agree_or_reuse(CommRef comm, AnySt
     cache->forget();
   }
   auto planned = agree_and_plan(comm, storage, place, state, settings, watch, values);
-  if (cache != nullptr && settings.check == Check::values && !storage.holds_values()) cache->remember(state, planned);
-  else if (cache != nullptr) cache->forget();
+  if (cache != nullptr && stays_valid(storage, settings)) cache->remember(state, planned);
   return {std::move(planned), false};
 }
 
@@ -308,7 +311,7 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
   stage->pool->start();
   pending->report.stager = stager.name;
   pending->report.pool_reused = std::exchange(stage->used, true);
-  bool const remembered = cache != nullptr && settings.check == Check::values && !storage.holds_values();
+  bool const remembered = cache != nullptr && stays_valid(storage, settings);
   auto const writes = agree(comm, "save: plan", [&] {
     stage->prepare(settings.saver_program);
     SaveJob job;

@@ -144,8 +144,8 @@ std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& 
         if ((form->shape.rank() > 0 || PartGrid::owns_scalar(box)) && intersect(owned, stored.box, part) && !part.empty()) transfers.push_back(recoding->transfer(stored, part));
       };
       CellRange const range = shares.range_of(t, *here.coordinate, held);
-      if (held.flat) for_each_box(held.box, held.begin + range.begin, held.begin + range.end, [&](Box const& box, std::int64_t) { add_part(box); });
-      else for_each_box(held.box, range.begin, range.end, [&](Box const& box, std::int64_t) { add_part(box); });
+      std::int64_t const first = held.flat ? held.begin : 0;
+      for_each_box(held.box, first + range.begin, first + range.end, [&](Box const& box, std::int64_t) { add_part(box); });
       continue;
     }
     bool const only_mine = plan.files[stored.file].only_rank >= 0;
@@ -194,7 +194,7 @@ Bytes own_values(AgreedState const& state, int rank) {
     SchemaEntry const& entry = state.values[v];
     if (state.local_values[v] == nullptr || (!entry.per_rank && entry.first_rank != rank)) continue;
     Value const value = value_now(*state.local_values[v]);
-    out.number<std::uint64_t>(v).number(rank).number(value.kind).number(value.dtype).block(value.payload);
+    put(out.number<std::uint64_t>(v).number(rank), value);
   }
   return out.take();
 }
@@ -215,10 +215,7 @@ std::vector<std::pair<std::string, Value>> collect_values(CommRef comm, AgreedSt
   for (ByteReader in{all}; !in.done() && in.ok();) {
     auto const v = in.number<std::uint64_t>();
     auto const rank = static_cast<std::size_t>(in.number<int>());
-    Value value;
-    value.kind = in.number<ValueKind>(), value.dtype = in.number<DType>();
-    auto const payload = in.block();
-    value.payload.assign(payload.begin(), payload.end());
+    Value value = take_value(in);
     Value& target = values[static_cast<std::size_t>(v)].second;
     if (target.kind != ValueKind::per_rank) {
       target = std::move(value);
@@ -236,30 +233,15 @@ void broadcast_values(CommRef comm, std::vector<std::pair<std::string, Value>>& 
   Bytes bytes;
   if (comm.rank() == 0) {
     ByteWriter out;
-    auto const put = [&](Value const& value) { out.number(value.kind).number(value.dtype).block(value.payload); };
-    for (auto const& [name, value] : values) {
-      out.text(name).number(static_cast<std::uint64_t>(value.ranks.size()));
-      put(value);
-      for (auto const& one : value.ranks) put(one);
-    }
+    for (auto const& [name, value] : values) put(out.text(name), value);
     bytes = out.take();
   }
   broadcast_bytes(comm, bytes, 0);
   if (comm.rank() == 0) return;
   values.clear();
   for (ByteReader in{bytes}; !in.done() && in.ok();) {
-    auto const get = [&] {
-      Value value;
-      value.kind = in.number<ValueKind>(), value.dtype = in.number<DType>();
-      auto const payload = in.block();
-      value.payload.assign(payload.begin(), payload.end());
-      return value;
-    };
     std::string name = in.text();
-    auto count = in.number<std::uint64_t>();
-    Value value = get();
-    for (; count > 0 && in.ok(); --count) value.ranks.push_back(get());
-    values.emplace_back(std::move(name), std::move(value));
+    values.emplace_back(std::move(name), take_value(in));
   }
 }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <ostream>
 #include <string>
+#include <utility>
 
 namespace dcp {
 
@@ -89,6 +90,22 @@ constexpr void for_each_run(Extents const& shape, Extents const& first_strides, 
       first -= shape[d] * first_strides[d];
       second -= shape[d] * second_strides[d];
       index[d] = 0;
+    }
+  }
+}
+
+/// Calls visit(index) for the elements of `box`, in row-major order; of all that differ behind the first `dims` dimensions only for the first of them, so
+/// that rank - 1 gives the rows.
+template <class Visit>
+constexpr void for_each_index(Box const& box, int dims, Visit visit) {
+  for (int d = 0; d < dims; ++d)
+    if (box.shape[d] == 0) return;
+  Extents index = box.origin;
+  for (int d = 0; d >= 0;) {
+    visit(std::as_const(index));
+    for (d = dims - 1; d >= 0; --d) {
+      if (++index[d] < box.origin[d] + box.shape[d]) break;
+      index[d] = box.origin[d];
     }
   }
 }

@@ -37,6 +37,9 @@ constexpr std::string_view to_string(DType dtype) { return detail::dtype_facts[s
 constexpr int bits_of(DType dtype) { return detail::dtype_facts[static_cast<std::size_t>(dtype)].bits; }
 inline std::ostream& operator<<(std::ostream& out, DType dtype) { return out << to_string(dtype); }
 
+/// Whether a tensor's values, and not codes for some, are held as this: the floats of two bytes and more.
+constexpr bool is_wide_float(DType dtype) { return dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16 || dtype == DType::f64; }
+
 /// The dtype with this safetensors name (case matters); false if there is none.
 constexpr bool parse_dtype(std::string_view name, DType& dtype) {
   for (int i = 0; i < dtype_count; ++i)

@@ -33,6 +33,13 @@ struct PartGrid {
   std::int64_t flat_each = 0;   // of a part of one dimension that runs along the elements in row-major order, instead of axes: how many each has
 
   static PartGrid along(std::vector<PartAxis> axes) { return {std::move(axes), 0}; }
+  /// As the tensor, of `rank` dimensions, but for the last, of which an element of the part has `each`.
+  template <class = Deferred>
+  static PartGrid rows(int rank, std::int64_t each = 1) {
+    PartGrid grid;
+    for (int d = 0; d < rank; ++d) grid.axes.push_back({d, d == rank - 1 ? each : 1});
+    return grid;
+  }
   static PartGrid flat(std::int64_t each) { return {{}, each}; }
 
   /// The box of the part that `box` of a tensor of `shape` needs.

@@ -39,6 +39,22 @@ struct Value {
   friend bool operator==(Value const&, Value const&) = default;
 };
 
+/// A value in a message, and out of it.
+template <class = Deferred>
+void put(ByteWriter& out, Value const& value) {
+  out.number(value.kind).number(value.dtype).block(value.payload).number(static_cast<std::uint64_t>(value.ranks.size()));
+  for (auto const& one : value.ranks) put(out, one);
+}
+template <class = Deferred>
+Value take_value(ByteReader& in) {
+  Value value;
+  value.kind = in.number<ValueKind>(), value.dtype = in.number<DType>();
+  auto const payload = in.block();
+  value.payload.assign(payload.begin(), payload.end());
+  for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) value.ranks.push_back(take_value(in));
+  return value;
+}
+
 namespace detail {
 
 /// The shortest decimal that reads back as the same T.

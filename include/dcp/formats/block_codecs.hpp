@@ -44,8 +44,7 @@ void fill_rows(Box const& box, DType dtype, MemoryView const& memory, Fill fill)
   std::int64_t const bytes = bits_of(dtype) / 8, columns = last < 0 ? 1 : box.shape[last], stride = last < 0 ? 1 : memory.strides[last];
   bool const straight = dtype == DType::f32 && (stride == 1 || columns == 1) && reinterpret_cast<std::uintptr_t>(memory.data) % alignof(float) == 0;
   std::vector<float> buffer(straight ? 0 : static_cast<std::size_t>(std::min(piece, columns)));
-  Extents index = box.origin;
-  for (;;) {
+  for_each_index(box, last, [&](Extents const& index) {
     std::int64_t at = 0;
     for (int d = 0; d < last; ++d) at += (index[d] - box.origin[d]) * memory.strides[d];
     for (std::int64_t begin = 0; begin < columns; begin += piece) {
@@ -55,13 +54,7 @@ void fill_rows(Box const& box, DType dtype, MemoryView const& memory, Fill fill)
       fill(index, origin + begin, origin + end, out);
       if (!straight) store_floats(out, static_cast<std::size_t>(end - begin), dtype, target, stride);
     }
-    int d = last;
-    while (--d >= 0) {
-      if (++index[d] < box.origin[d] + box.shape[d]) break;
-      index[d] = box.origin[d];
-    }
-    if (d < 0) return;
-  }
+  });
 }
 
 /// What scales may be.
@@ -116,11 +109,19 @@ class RowNumbers {
   std::int64_t each_ = 0, step_ = 0, first_ = 0, base_ = 0;
 };
 
-/// Bits [at, at + bits) of little-endian words, which all lie in `bytes` bytes.
+/// Bits [at, at + bits) of little-endian words.
 inline std::uint32_t bits_at(std::byte const* data, std::int64_t at, int bits) {
   std::uint32_t value = 0;
   for (int i = 0; i < bits; ++i) value |= ((static_cast<std::uint32_t>(data[(at + i) / 8]) >> ((at + i) % 8)) & 1u) << i;
   return value;
+}
+
+/// `count` codes of four bits from number `at` on, the even one of a pair in the low bits, by their values.
+template <class = Deferred>
+void nibbles(std::byte const* codes, std::int64_t at, std::int64_t count, float const* table, float* out) {
+  if (count > 0 && at % 2 != 0) *out++ = table[static_cast<unsigned>(codes[at / 2]) >> 4], ++at, --count;
+  block_kernels().nibbles(codes + at / 2, static_cast<std::size_t>(count / 2), table, out);
+  if (count % 2 != 0) out[count - 1] = table[static_cast<unsigned>(codes[(at + count) / 2]) & 15u];
 }
 
 /// What codes of a GroupEncoding are.
@@ -225,7 +226,7 @@ class GroupEncoding final : public Encoding {
     std::int64_t const each = tile.rows.each();
     if (spec_.kind == Codes::e2m1 && each > 0 && each % 2 == 0 && first % 2 == 0) {
       // Whole groups at once.
-      std::int64_t const from = round_up_to(begin, each), to = end / each * each;
+      std::int64_t const from = ceil_div(begin, each) * each, to = end / each * each;
       if (from < to) {
         run_e2m1(tile, codes, first, begin, std::min(from, end), out);
         kernels.nibble_groups(codes + (from - first) / 2, static_cast<std::size_t>((to - from) / each), static_cast<std::size_t>(each / 2), e2m1_values.data(), tile.scales.data() + tile.rows.at(from), tile.second, out + (from - begin));
@@ -269,11 +270,6 @@ class GroupEncoding final : public Encoding {
       at = stop;
     }
   }
-  static void nibbles(std::byte const* codes, std::int64_t at, std::int64_t count, float const* table, float* out) {
-    if (count > 0 && at % 2 != 0) *out++ = table[static_cast<unsigned>(codes[at / 2]) >> 4], ++at, --count;
-    block_kernels().nibbles(codes + at / 2, static_cast<std::size_t>(count / 2), table, out);
-    if (count % 2 != 0) out[count - 1] = table[static_cast<unsigned>(codes[(at + count) / 2]) & 15u];
-  }
   void packed(std::byte const* codes, std::int64_t at, std::size_t count, float zero, float scale, float* out) const {
     if (spec_.bits == 8) return block_kernels().u8(codes + at, count, zero, scale, out);
     if (spec_.bits == 4 && count > 1) {
@@ -295,7 +291,6 @@ class GroupEncoding final : public Encoding {
     cast_elements(dtype, from, DType::f32, reinterpret_cast<std::byte*>(out), count);
     for (std::size_t i = 0; i < count; ++i) out[i] *= scale;
   }
-  static std::int64_t round_up_to(std::int64_t value, std::int64_t each) { return (value + each - 1) / each * each; }
 
   GroupSpec spec_;
   std::size_t second_ = 0, zeros_ = 0, index_ = 0;   // among the parts; 0: there is none
@@ -429,10 +424,7 @@ class TransposedEncoding final : public Encoding {
     if (spec_.bits == 4 && count >= 8) {
       std::array<float, 16> table{};
       for (std::size_t c = 0; c < 16; ++c) table[c] = (static_cast<float>(c) - zero) * scale;
-      if (at % 2 != 0) *out++ = table[static_cast<unsigned>(codes[at / 2]) >> 4], ++at, --count;
-      block_kernels().nibbles(codes + at / 2, static_cast<std::size_t>(count / 2), table.data(), out);
-      if (count % 2 != 0) out[count - 1] = table[static_cast<unsigned>(codes[(at + count) / 2]) & 15u];
-      return;
+      return nibbles(codes, at, count, table.data(), out);
     }
     std::uint32_t const mask = (1u << spec_.bits) - 1;
     for (std::int64_t i = 0; i < count; ++i, ++at) {

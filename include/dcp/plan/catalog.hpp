@@ -113,7 +113,7 @@ Bytes encode(FoundFile const& file) {
   out.number<std::uint64_t>(file.ties.size());
   for (auto const& tie : file.ties) out.text(tie.dropped).text(tie.kept);
   out.number<std::uint64_t>(file.values.size());
-  for (auto const& [name, value] : file.values) out.text(name).number(value.kind).number(value.dtype).block(value.payload);
+  for (auto const& [name, value] : file.values) put(out.text(name), value);
   return out.take();
 }
 template <class = Deferred>
@@ -134,10 +134,8 @@ FoundFile decode_found_file(ConstByteSpan bytes) {
     tie.dropped = in.text(), tie.kept = in.text();
   }
   for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
-    auto& [name, value] = file.values.emplace_back();
-    name = in.text(), value.kind = in.number<ValueKind>(), value.dtype = in.number<DType>();
-    auto const payload = in.block();
-    value.payload.assign(payload.begin(), payload.end());
+    std::string name = in.text();
+    file.values.emplace_back(std::move(name), take_value(in));
   }
   return file;
 }

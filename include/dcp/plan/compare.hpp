@@ -119,7 +119,7 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
       if (wanted.stored == nullptr) wanted.stored = find(other);
       if (auto const* also = find(other)) use(also);
     }
-    bool const takes_floats = tensor.dtype == DType::f32 || tensor.dtype == DType::bf16 || tensor.dtype == DType::f16 || tensor.dtype == DType::f64;
+    bool const takes_floats = is_wide_float(tensor.dtype);
     bool const decodes = wanted.stored != nullptr && wanted.stored->encoding != nullptr && takes_floats;
     // A name of something stored, with its own dtype and shape or without anything decoded of that name: its bytes are meant. Floats that are scaled are
     // not, where they were stored as floats too.
@@ -212,8 +212,7 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
     bool operator()(std::string_view other, SchemaEntry const& entry) const { return other.compare(entry.name) < 0; }
   };
   for (auto const& [name, value] : catalog.values) {
-    if (catalog.values_describe) break;
-    if (std::binary_search(values.begin(), values.end(), name, ByName{})) continue;
+    if (catalog.values_describe || std::binary_search(values.begin(), values.end(), name, ByName{})) continue;
     if (policy_of(name).allow_unexpected) result.unexpected.push_back(name);
     else problems.add(ErrorCode::unexpected_entry, name + ": in the checkpoint, but not in the state"), problems.hint("LoadOptions::on_unexpected = ignore leaves such entries out");
   }

@@ -46,7 +46,7 @@ template <class D = Deferred>
 class GgufEncoding final : public Encoding {
  public:
   GgufEncoding(std::string name, std::uint32_t type, Extents const& shape)
-      : Encoding{"gguf " + std::string{gguf::type_facts(type)->name}, shape, parts_of(std::move(name), *gguf::type_facts(type), shape)}, type_{type}, facts_{*gguf::type_facts(type)} {}
+      : Encoding{"gguf " + std::string{gguf::type_facts(type)->name}, shape, std::vector<EncodedPart>(1, part_of(std::move(name), *gguf::type_facts(type), shape))}, type_{type}, facts_{*gguf::type_facts(type)} {}
 
   /// As it is stored: the last dimension in blocks, and the bytes of one.
   static Extents stored_shape(gguf::TypeFacts const& facts, Extents const& shape) {
@@ -55,11 +55,10 @@ class GgufEncoding final : public Encoding {
     sizes.push_back(facts.bytes);
     return Extents{sizes};
   }
-  static PartGrid grid(gguf::TypeFacts const& facts, int rank) {
-    std::vector<PartAxis> axes;
-    for (int d = 0; d < rank; ++d) axes.push_back({d, d == rank - 1 ? facts.elements : 1});
-    axes.push_back({});
-    return PartGrid::along(std::move(axes));
+  static EncodedPart part_of(std::string name, gguf::TypeFacts const& facts, Extents const& shape) {
+    PartGrid grid = PartGrid::rows(shape.rank(), facts.elements);
+    grid.axes.push_back({});
+    return {std::move(name), DType::u8, stored_shape(facts, shape), std::move(grid)};
   }
 
   void decode(Box const& box, std::span<PartBytes const> given, DType dtype, MemoryView const& memory) const override {
@@ -93,11 +92,6 @@ class GgufEncoding final : public Encoding {
   }
 
  private:
-  static std::vector<EncodedPart> parts_of(std::string name, gguf::TypeFacts const& facts, Extents const& shape) {
-    std::vector<EncodedPart> parts;
-    parts.push_back({std::move(name), DType::u8, stored_shape(facts, shape), grid(facts, shape.rank())});
-    return parts;
-  }
   std::uint32_t type_;
   gguf::TypeFacts facts_;
 };
@@ -106,7 +100,7 @@ class GgufEncoding final : public Encoding {
 template <class D = Deferred>
 class GgufQuantizer final : public Quantizer {
  public:
-  GgufQuantizer(TensorSpec const& tensor, std::uint32_t type) : Quantizer{tensor.name, tensor.dtype, tensor.layout.shape, parts_of(tensor, *gguf::type_facts(type))}, type_{type}, facts_{*gguf::type_facts(type)} {}
+  GgufQuantizer(TensorSpec const& tensor, std::uint32_t type) : Quantizer{tensor.name, tensor.dtype, tensor.layout.shape, std::vector<EncodedPart>(1, GgufEncoding<>::part_of(tensor.name, *gguf::type_facts(type), tensor.layout.shape))}, type_{type}, facts_{*gguf::type_facts(type)} {}
 
   void tell(std::function<std::int64_t(Extents const&)> const& owner_of, std::int64_t rank, std::function<ByteWriter&(std::int64_t)> const& send) override { tell_edges(parts()[0].grid, owner_of, rank, send); }
   void take(ByteReader& in, std::int64_t) override {
@@ -146,11 +140,6 @@ class GgufQuantizer final : public Quantizer {
   }
 
  private:
-  static std::vector<StoredTensor> parts_of(TensorSpec const& tensor, gguf::TypeFacts const& facts) {
-    std::vector<StoredTensor> parts;
-    parts.push_back({tensor.name, DType::u8, GgufEncoding<>::stored_shape(facts, tensor.layout.shape), GgufEncoding<>::grid(facts, tensor.layout.shape.rank())});
-    return parts;
-  }
   std::uint32_t type_;
   gguf::TypeFacts facts_;
 };
@@ -176,14 +165,14 @@ class GgufDriver final : public AnyStorage {
     for (std::uint32_t t = 0; t < tensors.size(); ++t) {
       TensorSpec const& tensor = tensors[t];
       Extents const& shape = tensor.layout.shape;
-      auto const wrong = [&](ErrorCode code, std::string const& sentence) { problems.add(code, tensor.name + ' ' + to_string(shape) + ' ' + std::string{to_string(tensor.dtype)} + ": " + sentence); };
+      auto const wrong = [&](ErrorCode code, std::string const& sentence) { problems.add(code, tensor.name + ' ' + detail::describe(tensor.dtype, shape) + ": " + sentence); };
       bool const wanted = !options_.quantize_to.empty() && !shape.empty() && (options_.quantize ? options_.quantize(tensor.name, tensor.dtype, shape) : quantize_by_default(tensor.name, tensor.dtype, shape));
       std::uint32_t type = 0;
       if (shape.rank() > gguf::max_dimensions) wrong(ErrorCode::unsupported, "GGUF has tensors of at most " + std::to_string(gguf::max_dimensions) + " dimensions");
       if (!wanted) {
         if (!gguf::plain_type(tensor.dtype, type)) wrong(ErrorCode::unsupported_dtype, "GGUF has no tensors of this dtype");
         recoding->keep(t, tensor);
-      } else if (tensor.dtype != DType::f32 && tensor.dtype != DType::bf16 && tensor.dtype != DType::f16 && tensor.dtype != DType::f64) {
+      } else if (!is_wide_float(tensor.dtype)) {
         wrong(ErrorCode::invalid_argument, "is to be quantized, and holds no floats");
       } else if (int const each = gguf::type_facts(type_)->elements; shape.rank() == 0 || shape[shape.rank() - 1] % each != 0) {
         wrong(ErrorCode::invalid_argument, "its columns are no whole blocks of " + std::to_string(each));
@@ -221,8 +210,9 @@ class GgufDriver final : public AnyStorage {
       for (auto const& [key, value] : *request.values)
         if (key != gguf::alignment_key && gguf::can_hold(key, value)) metadata.emplace_back(key, value);   // the others stand in the commit record alone
     std::sort(metadata.begin(), metadata.end(), [](auto const& a, auto const& b) { return a.first < b.first; });
-    if (!given("general.architecture")) metadata.insert(metadata.begin(), {"general.architecture", Value{ValueKind::text, DType::u8, to_bytes(options_.architecture), {}}});
-    if (encodes && !given("general.quantization_version")) metadata.emplace_back("general.quantization_version", number_value(std::uint32_t{2}));
+    if (!given("general.architecture")) metadata.insert(metadata.begin(), {"general.architecture", make_value(ValueKind::text, DType::u8, as_byte_span(options_.architecture))});
+    constexpr std::uint32_t quantization_version = 2;
+    if (encodes && !given("general.quantization_version")) metadata.emplace_back("general.quantization_version", make_value(ValueKind::number, DType::u32, std::as_bytes(std::span{&quantization_version, 1})));
     FilePlan plan;
     PlannedFile& file = plan.files.emplace_back();
     file.path = "model.gguf";
@@ -241,15 +231,12 @@ class GgufDriver final : public AnyStorage {
     Scan scan;
     scan.directory = path;
     if (record != nullptr) {
-      for (auto const& file : record->files)
-        if (file.data) scan.files.push_back(file.path);
+      scan.files = data_files(*record);
       return scan;
     }
     std::vector<std::string> names;
     if (medium.kind(path) == EntryKind::file) {
-      auto const slash = path.rfind('/');
-      scan.directory = slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
-      names.push_back(path.substr(slash + 1));
+      names.push_back(in_directory(path, scan.directory));
     } else {
       for (auto const& entry : medium.list(path))
         if (entry.name.ends_with(".gguf")) names.push_back(entry.name);
@@ -338,16 +325,6 @@ class GgufDriver final : public AnyStorage {
   }
 
  private:
-  static Bytes to_bytes(std::string_view text) {
-    auto const bytes = as_byte_span(text);
-    return {bytes.begin(), bytes.end()};
-  }
-  template <class T>
-  static Value number_value(T number) {
-    Value value{ValueKind::number, dtype_of<T>, Bytes(sizeof(T)), {}};
-    std::memcpy(value.payload.data(), &number, sizeof number);
-    return value;
-  }
   // A file of any name whose metadata say that it is a part is one.
   static void check_split(Scan const& scan, std::vector<FoundFile> const& found) {
     bool const alone = found.size() == 1 && !gguf::parse_split_file_name(found[0].path);

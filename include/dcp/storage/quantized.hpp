@@ -114,8 +114,7 @@ using QuantizePredicate = std::function<bool(std::string_view name, DType dtype,
 /// and output heads.
 template <class = Deferred>
 bool quantize_by_default(std::string_view name, DType dtype, Extents const& shape) {
-  if (dtype != DType::f32 && dtype != DType::bf16 && dtype != DType::f16 && dtype != DType::f64) return false;
-  if (shape.rank() < 2 || (name != "weight" && !name.ends_with(".weight"))) return false;
+  if (!is_wide_float(dtype) || shape.rank() < 2 || (name != "weight" && !name.ends_with(".weight"))) return false;
   constexpr std::array<std::string_view, 5> kept{"embed", "norm", "lm_head", "router", "wte"};
   for (std::string_view const part : kept)
     if (name.find(part) != std::string_view::npos) return false;
@@ -256,23 +255,13 @@ class QuantizedDriver final : public AnyStorage {
 
   // ---- what is written
 
-  static PartGrid rows(int rank, std::int64_t last) {
-    std::vector<PartAxis> axes;
-    for (int d = 0; d < rank; ++d) axes.push_back({d, d == rank - 1 ? last : 1});
-    return PartGrid::along(std::move(axes));
-  }
-  static Extents with_last(Extents shape, std::int64_t size) {
-    shape[shape.rank() - 1] = size;
-    return shape;
-  }
-  [[noreturn]] static void wrong(TensorSpec const& tensor, std::string const& sentence) { throw Error{ErrorCode::invalid_argument, tensor.name + ' ' + describe_tensor(tensor) + ": " + sentence}; }
-  static std::string describe_tensor(TensorSpec const& tensor) { return to_string(tensor.layout.shape) + ' ' + std::string{to_string(tensor.dtype)}; }
+  [[noreturn]] static void wrong(TensorSpec const& tensor, std::string const& sentence) { throw Error{ErrorCode::invalid_argument, tensor.name + ' ' + detail::describe(tensor.dtype, tensor.layout.shape) + ": " + sentence}; }
 
   std::unique_ptr<Quantizer> quantizer_of(TensorSpec const& tensor) const {
     Extents const& shape = tensor.layout.shape;
     int const rank = shape.rank();
     SchemeKind const kind = settings_.expected.kind;
-    if (tensor.dtype != DType::f32 && tensor.dtype != DType::bf16 && tensor.dtype != DType::f16 && tensor.dtype != DType::f64) wrong(tensor, "is to be quantized, and holds no floats");
+    if (!is_wide_float(tensor.dtype)) wrong(tensor, "is to be quantized, and holds no floats");
     if (rank < 1 || (rank < 2 && kind != SchemeKind::fp8_tensor)) wrong(tensor, "is to be quantized as " + std::string{to_string(kind)} + ", which is for matrices");
     std::int64_t const columns = shape[rank - 1];
     auto const whole_groups = [&](std::int64_t each) {
@@ -284,14 +273,14 @@ class QuantizedDriver final : public AnyStorage {
     spec.shape = shape;
     spec.group.assign(static_cast<std::size_t>(rank), 1);
     std::int64_t& along = spec.group[static_cast<std::size_t>(rank - 1)];
-    spec.codes = {tensor.name, DType::f8_e4m3, shape, rows(rank, 1)};
+    spec.codes = {tensor.name, DType::f8_e4m3, shape, PartGrid::rows(rank, 1)};
     bool const is_weight = tensor.name.ends_with("weight");
     switch (kind) {
       case SchemeKind::fp8_block: {
         spec.group[static_cast<std::size_t>(rank - 2)] = settings_.expected.block[0];
         along = settings_.expected.block[1];
         Extents grid = shape;
-        PartGrid axes = rows(rank, along);
+        PartGrid axes = PartGrid::rows(rank, along);
         axes.axes[static_cast<std::size_t>(rank - 2)].each = settings_.expected.block[0];
         for (int d = 0; d < rank; ++d) grid[d] = ceil_div(shape[d], spec.group[static_cast<std::size_t>(d)]);
         spec.scales = {tensor.name + "_scale_inv", DType::f32, grid, std::move(axes)};
@@ -304,7 +293,7 @@ class QuantizedDriver final : public AnyStorage {
       case SchemeKind::fp8_channel:
       case SchemeKind::int8_channel: {
         along = columns;
-        PartGrid axes = rows(rank, 1);
+        PartGrid axes = PartGrid::rows(rank, 1);
         axes.axes[static_cast<std::size_t>(rank - 1)] = {};
         spec.scales = {tensor.name + "_scale", DType::f32, with_last(shape, 1), std::move(axes)};
         if (kind == SchemeKind::int8_channel) spec.code = CodeForm::i8, spec.codes.dtype = DType::i8;
@@ -316,13 +305,13 @@ class QuantizedDriver final : public AnyStorage {
         if (columns == along) wrong(tensor, "its " + std::to_string(columns) + " columns are one group; Int8Channel says that");
         spec.code = CodeForm::i8;
         spec.codes.dtype = DType::i8;
-        spec.scales = {tensor.name + "_scale", DType::f32, with_last(shape, columns / along), rows(rank, along)};
+        spec.scales = {tensor.name + "_scale", DType::f32, with_last(shape, columns / along), PartGrid::rows(rank, along)};
         break;
       case SchemeKind::mxfp8:
         along = 32;
         whole_groups(32);
         spec.scale = ScaleForm::e8m0;
-        spec.scales = {tensor.name + "_scale", DType::u8, with_last(shape, columns / 32), rows(rank, 32)};
+        spec.scales = {tensor.name + "_scale", DType::u8, with_last(shape, columns / 32), PartGrid::rows(rank, 32)};
         break;
       case SchemeKind::mxfp4:
         along = 32;
@@ -331,16 +320,16 @@ class QuantizedDriver final : public AnyStorage {
         spec.packing = CodePacking::nibbles;
         spec.scale = ScaleForm::e8m0;
         if (is_weight) {
-          spec.codes = {tensor.name + "_packed", DType::u8, with_last(shape, columns / 2), rows(rank, 2)};
-          spec.scales = {tensor.name + "_scale", DType::u8, with_last(shape, columns / 32), rows(rank, 32)};
+          spec.codes = {tensor.name + "_packed", DType::u8, with_last(shape, columns / 2), PartGrid::rows(rank, 2)};
+          spec.scales = {tensor.name + "_scale", DType::u8, with_last(shape, columns / 32), PartGrid::rows(rank, 32)};
         } else {
           std::vector<std::int64_t> sizes{shape.begin(), shape.end()};
           sizes.back() = columns / 32;
           sizes.push_back(16);
-          PartGrid axes = rows(rank, 32);
+          PartGrid axes = PartGrid::rows(rank, 32);
           axes.axes.push_back({});
           spec.codes = {tensor.name + "_blocks", DType::u8, Extents{sizes}, std::move(axes)};
-          spec.scales = {tensor.name + "_scales", DType::u8, with_last(shape, columns / 32), rows(rank, 32)};
+          spec.scales = {tensor.name + "_scales", DType::u8, with_last(shape, columns / 32), PartGrid::rows(rank, 32)};
         }
         break;
       case SchemeKind::nvfp4:
@@ -349,8 +338,8 @@ class QuantizedDriver final : public AnyStorage {
         spec.code = CodeForm::e2m1;
         spec.packing = CodePacking::nibbles;
         spec.scale = ScaleForm::e4m3_of_tensor;
-        spec.codes = {tensor.name, DType::u8, with_last(shape, columns / 2), rows(rank, 2)};
-        spec.scales = {tensor.name + "_scale", DType::f8_e4m3, with_last(shape, columns / 16), rows(rank, 16)};
+        spec.codes = {tensor.name, DType::u8, with_last(shape, columns / 2), PartGrid::rows(rank, 2)};
+        spec.scales = {tensor.name + "_scale", DType::f8_e4m3, with_last(shape, columns / 16), PartGrid::rows(rank, 16)};
         spec.constants.push_back({{tensor.name + "_scale_2", DType::f32, Extents{}, PartGrid::along({})}, ConstantForm::none});
         spec.tensor_scale = true;
         break;
@@ -360,8 +349,8 @@ class QuantizedDriver final : public AnyStorage {
         if (!is_weight) wrong(tensor, "is to be quantized as int4_packed, whose names end in \"weight\"");
         spec.code = CodeForm::int4;
         spec.packing = CodePacking::nibbles;
-        spec.codes = {tensor.name + "_packed", DType::i32, with_last(shape, ceil_div(columns, std::int64_t{8})), rows(rank, 8)};
-        spec.scales = {tensor.name + "_scale", DType::f32, with_last(shape, columns / along), rows(rank, along)};
+        spec.codes = {tensor.name + "_packed", DType::i32, with_last(shape, ceil_div(columns, std::int64_t{8})), PartGrid::rows(rank, 8)};
+        spec.scales = {tensor.name + "_scale", DType::f32, with_last(shape, columns / along), PartGrid::rows(rank, along)};
         spec.constants.push_back({{tensor.name + "_shape", DType::i64, Extents{rank}, PartGrid::along({PartAxis{}})}, ConstantForm::shape_i64});
         break;
       case SchemeKind::gptq: {

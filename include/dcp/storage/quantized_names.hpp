@@ -47,6 +47,13 @@ bool describes_others(FoundTensor const& tensor) {
   return tensor.name.ends_with("weight_shape") || tensor.name.ends_with("weight_format") || tensor.name.find(".quant_state.bitsandbytes__") != std::string::npos;
 }
 
+/// `shape` with another last dimension.
+template <class = Deferred>
+Extents with_last(Extents shape, std::int64_t size) {
+  shape[shape.rank() - 1] = size;
+  return shape;
+}
+
 template <class = Deferred>
 class QuantizedFinder {
  public:
@@ -162,11 +169,6 @@ class QuantizedFinder {
 
   // ---- parts
 
-  static PartGrid elementwise(int rank, std::int64_t last = 1) {
-    std::vector<PartAxis> axes;
-    for (int d = 0; d < rank; ++d) axes.push_back({d, d == rank - 1 ? last : 1});
-    return PartGrid::along(std::move(axes));
-  }
   static EncodedPart part_of(CatalogTensor const& tensor, PartGrid grid) { return {tensor.name, tensor.dtype, tensor.shape, std::move(grid)}; }
   // A part without axes: one number, or a table, for all of the tensor.
   static EncodedPart whole_part(CatalogTensor const& tensor) { return part_of(tensor, PartGrid::along(std::vector<PartAxis>(static_cast<std::size_t>(tensor.shape.rank())))); }
@@ -198,10 +200,6 @@ class QuantizedFinder {
   static void expect_matrix(CatalogTensor const& tensor, int least = 2) {
     if (tensor.shape.rank() < least) wrong(tensor, "a tensor of " + std::to_string(least) + " or more dimensions is expected");
   }
-  static Extents with_last(Extents shape, std::int64_t size) {
-    shape[shape.rank() - 1] = size;
-    return shape;
-  }
 
   // ---- schemes
 
@@ -211,7 +209,7 @@ class QuantizedFinder {
     bool const e8m0 = scale.dtype == DType::f8_e8m0 || scale.dtype == DType::u8;
     GroupSpec spec;
     spec.shape = data.shape;
-    spec.codes = part_of(data, elementwise(rank));
+    spec.codes = part_of(data, PartGrid::rows(rank));
     if (per_tensor) {
       expect_dtype(scale, DType::f32, DType::bf16, DType::f16, DType::f8_e8m0);
       spec.scales = whole_part(scale);
@@ -220,7 +218,7 @@ class QuantizedFinder {
     expect_matrix(data);
     std::int64_t const rows = data.shape[rank - 2], columns = data.shape[rank - 1];
     if (e8m0 && !(config_ && config_->block[0] > 0) && columns % 32 == 0 && scale.shape == with_last(data.shape, columns / 32)) {
-      spec.scales = part_of(scale, elementwise(rank, 32));
+      spec.scales = part_of(scale, PartGrid::rows(rank, 32));
       spec.scales.dtype = DType::f8_e8m0;
       return add(SchemeKind::mxfp8, "mxfp8", data.name, std::move(spec));
     }
@@ -282,10 +280,10 @@ class QuantizedFinder {
     GroupSpec spec;
     spec.shape = shape;
     spec.kind = Codes::e2m1;
-    std::vector<PartAxis> axes = elementwise(rank, 32).axes;
+    std::vector<PartAxis> axes = PartGrid::rows(rank, 32).axes;
     axes.push_back({});
     spec.codes = part_of(blocks, PartGrid::along(std::move(axes)));
-    spec.scales = part_of(scales, elementwise(rank, 32));
+    spec.scales = part_of(scales, PartGrid::rows(rank, 32));
     spec.scales.dtype = DType::f8_e8m0;
     add(SchemeKind::mxfp4, "mxfp4", name, std::move(spec));
   }
@@ -307,8 +305,8 @@ class QuantizedFinder {
     GroupSpec spec;
     spec.shape = shape;
     spec.kind = Codes::e2m1;
-    spec.codes = as_bytes(data, elementwise(rank, 2));
-    spec.scales = part_of(scales, elementwise(rank, 32));
+    spec.codes = as_bytes(data, PartGrid::rows(rank, 2));
+    spec.scales = part_of(scales, PartGrid::rows(rank, 32));
     spec.scales.dtype = DType::f8_e8m0;
     add(SchemeKind::mxfp4, "mxfp4", name, std::move(spec));
   }
@@ -324,8 +322,8 @@ class QuantizedFinder {
     GroupSpec spec;
     spec.shape = shape;
     spec.kind = Codes::e2m1;
-    spec.codes = as_bytes(data, elementwise(rank, 2));
-    spec.scales = part_of(scales, elementwise(rank, 16));
+    spec.codes = as_bytes(data, PartGrid::rows(rank, 2));
+    spec.scales = part_of(scales, PartGrid::rows(rank, 16));
     spec.rule.zero = true;   // of a block that is small beside the tensor
     spec.second = whole_part(second);
     spec.second_kind = kind;
@@ -339,7 +337,7 @@ class QuantizedFinder {
     GroupSpec spec;
     spec.shape = data.shape;
     spec.kind = Codes::i8;
-    spec.codes = part_of(data, elementwise(rank));
+    spec.codes = part_of(data, PartGrid::rows(rank));
     std::int64_t each = 0;   // columns of a group; 0: all
     std::vector<PartAxis> axes;
     for (int d = 0; d < rank - 1; ++d) axes.push_back({d, 1});
@@ -377,7 +375,7 @@ class QuantizedFinder {
     GroupSpec spec;
     spec.shape = data.shape;
     spec.kind = Codes::i8;
-    spec.codes = part_of(data, elementwise(2));
+    spec.codes = part_of(data, PartGrid::rows(2));
     spec.scales = part_of(scale, PartGrid::along({PartAxis{0, 1}}));
     spec.rule.zero = true;
     spec.divisor = 127;
@@ -419,7 +417,7 @@ class QuantizedFinder {
     spec.bits = bits;
     spec.kind = data.shape[rank - 1] == dense && (32 % bits == 0 || dense != low) ? Codes::packed : Codes::packed_low;
     // Codes that cross the ends of words: whole rows, which have no better begin.
-    std::vector<PartAxis> axes = elementwise(rank, 32 / bits).axes;
+    std::vector<PartAxis> axes = PartGrid::rows(rank, 32 / bits).axes;
     bool const crossing = spec.kind == Codes::packed && 32 % bits != 0;
     if (crossing) axes[static_cast<std::size_t>(rank - 1)] = {};
     spec.codes = part_of(data, PartGrid::along(std::move(axes)));
@@ -538,7 +536,7 @@ class QuantizedFinder {
     bool const in_rows = rank > 0 && columns % spec.block == 0 && data.pieces.size() == 1 && absmax.pieces.size() == 1;
     auto const part = [&](CatalogTensor const& tensor, DType dtype, std::int64_t count, std::int64_t each) {
       EncodedPart p{tensor.name, dtype, Extents{count}, PartGrid::flat(each)};
-      if (in_rows) p.shape = with_last(spec.shape, columns / each), p.grid = elementwise(rank, each);
+      if (in_rows) p.shape = with_last(spec.shape, columns / each), p.grid = PartGrid::rows(rank, each);
       return p;
     };
     spec.codes = part(data, DType::u8, bytes, 2);

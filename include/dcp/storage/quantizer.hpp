@@ -35,14 +35,6 @@
 
 namespace dcp {
 
-/// A part of an encoded tensor that is to be stored.
-struct StoredTensor {
-  std::string name;
-  DType dtype{};
-  Extents shape;
-  PartGrid grid;
-};
-
 namespace detail {
 
 /// What this rank holds of a tensor, as floats.
@@ -148,12 +140,12 @@ class HeldElements {
 /// A tensor that is encoded when it is saved: what it is stored as, and the bytes of that.
 class Quantizer {
  public:
-  Quantizer(std::string name, DType dtype, Extents const& shape, std::vector<StoredTensor> parts) : elements_{std::move(name), dtype, shape}, parts_{std::move(parts)} {}
+  Quantizer(std::string name, DType dtype, Extents const& shape, std::vector<EncodedPart> parts) : elements_{std::move(name), dtype, shape}, parts_{std::move(parts)} {}
   virtual ~Quantizer() = default;
   Quantizer(Quantizer const&) = delete;
   Quantizer& operator=(Quantizer const&) = delete;
 
-  std::vector<StoredTensor> const& parts() const { return parts_; }
+  std::vector<EncodedPart> const& parts() const { return parts_; }
   HeldElements& elements() { return elements_; }
   HeldElements const& elements() const { return elements_; }
 
@@ -191,16 +183,7 @@ class Quantizer {
         }
       std::vector<Box> edges;
       subtract(held.box, inner, edges);
-      for (auto const& edge : edges) {
-        Extents index = edge.origin;
-        for (std::int64_t left = edge.shape.elements(); left > 0; --left) {
-          visit(index);
-          for (int d = edge.rank(); d-- > 0;) {
-            if (++index[d] < edge.origin[d] + edge.shape[d]) break;
-            index[d] = edge.origin[d];
-          }
-        }
-      }
+      for (auto const& edge : edges) for_each_index(edge, edge.rank(), visit);
     }
   }
   /// The values at the edges, to the ranks that write the elements they are stored in.
@@ -229,7 +212,7 @@ class Quantizer {
   HeldElements elements_;
 
  private:
-  std::vector<StoredTensor> parts_;
+  std::vector<EncodedPart> parts_;
 };
 
 /// How a GroupQuantizer's elements become codes.
@@ -249,8 +232,8 @@ struct GroupQuantizerSpec {
   CodePacking packing{};
   ScaleForm scale{};
   std::vector<std::int64_t> group;  // elements of a group along each dimension
-  StoredTensor codes, scales;
-  std::vector<std::pair<StoredTensor, ConstantForm>> constants{};
+  EncodedPart codes, scales;
+  std::vector<std::pair<EncodedPart, ConstantForm>> constants{};
   bool tensor_scale = false;        // NVFP4: the first constant part is the tensor's own scale
 };
 
@@ -429,8 +412,8 @@ class GroupQuantizer final : public Quantizer {
     }
   };
 
-  static std::vector<StoredTensor> parts_of(GroupQuantizerSpec const& spec) {
-    std::vector<StoredTensor> parts;
+  static std::vector<EncodedPart> parts_of(GroupQuantizerSpec const& spec) {
+    std::vector<EncodedPart> parts;
     parts.push_back(spec.codes);
     parts.push_back(spec.scales);
     for (auto const& [part, form] : spec.constants) parts.push_back(part);
@@ -483,14 +466,7 @@ class GroupQuantizer final : public Quantizer {
         Box edge = groups;
         edge.origin[d] = at;
         edge.shape[d] = 1;
-        Extents group = edge.origin;
-        for (std::int64_t left = edge.shape.elements(); left > 0; --left) {
-          visit(group);
-          for (int i = edge.rank(); i-- > 0;) {
-            if (++group[i] < edge.origin[i] + edge.shape[i]) break;
-            group[i] = edge.origin[i];
-          }
-        }
+        for_each_index(edge, edge.rank(), visit);
       };
       bool const low = begin % each != 0, high = end % each != 0 && end != spec_.shape[d];
       if (low) slab(begin / each);
@@ -504,22 +480,15 @@ class GroupQuantizer final : public Quantizer {
     int const last = box.rank() - 1;
     constexpr std::int64_t piece = 4096;
     std::vector<float> values(static_cast<std::size_t>(std::min(piece, box.shape[last])));
-    Extents index = box.origin;
-    for (;;) {
+    for_each_index(box, last, [&](Extents const& row) {
       for (std::int64_t done = 0; done < box.shape[last]; done += piece) {
         std::int64_t const count = std::min(piece, box.shape[last] - done);
-        Extents at = index;
+        Extents at = row;
         at[last] += done;
         elements_.read(at, count, values.data());
         visit(at, count, values.data());
       }
-      int d = last;
-      while (--d >= 0) {
-        if (++index[d] < box.origin[d] + box.shape[d]) break;
-        index[d] = box.origin[d];
-      }
-      if (d < 0) return;
-    }
+    });
   }
   float largest_in(Box const& box) const {
     float largest = 0;
@@ -584,8 +553,7 @@ class GroupQuantizer final : public Quantizer {
     for (int d = last + 1; d < box.rank(); ++d) inner *= box.shape[d];
     for (std::int64_t at = first * unit, end = (first + count) * unit; at < end;) {
       std::int64_t const row = at / row_bytes, begin = at % row_bytes, stop = std::min(row_bytes, begin + (end - at));
-      Extents index = box.origin;
-      index = Extents::filled(rank, 0);
+      Extents index = Extents::filled(rank, 0);
       std::int64_t rest = row;
       for (int d = last; d-- > 0;) {
         index[d] = box.origin[d] + rest % box.shape[d];
@@ -610,8 +578,7 @@ class GroupQuantizer final : public Quantizer {
       std::int64_t const stop = std::min(end, at + piece), real = std::max<std::int64_t>(0, std::min(stop, columns) - at);
       index[last] = at;
       if (real > 0) elements_.read(index, real, values.data());
-      Extents group = index;
-      for (int d = 0; d < last; ++d) group[d] = index[d] / spec_.group[static_cast<std::size_t>(d)];
+      Extents group = group_with(index);
       for (std::int64_t c = at; c < at + real;) {
         std::int64_t const next = std::min(at + real, (c / each + 1) * each);
         group[last] = c / each;
@@ -663,10 +630,9 @@ class GroupQuantizer final : public Quantizer {
         index[d] = box.origin[d] + rest % box.shape[d];
         rest /= box.shape[d];
       }
-      Extents element = spec_.scales.grid.first_element(index, spec_.shape);
+      Extents const element = spec_.scales.grid.first_element(index, spec_.shape);
       if (!many) {
-        for (int d = 0; d < element.rank(); ++d) element[d] /= spec_.group[static_cast<std::size_t>(d)];
-        store_scale(largest_of(element), of_tensor, out);
+        store_scale(largest_of(group_with(element)), of_tensor, out);
         out += width;
         ++i;
         continue;

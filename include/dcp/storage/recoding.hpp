@@ -30,7 +30,7 @@ class Recoding {
   template <class = Deferred>
   void encode(std::uint32_t tensor, std::unique_ptr<detail::Quantizer> quantizer) {
     for (std::size_t p = 0; p < quantizer->parts().size(); ++p) {
-      StoredTensor const& part = quantizer->parts()[p];
+      EncodedPart const& part = quantizer->parts()[p];
       entries_.push_back({{part.name, part.dtype, stored_layout(part.shape)}, {tensor, part.dtype, part.shape, true, part.grid}, quantizer->elements().name(), quantizers_.size(), p});
     }
     quantizers_.push_back({tensor, std::move(quantizer)});

@@ -117,14 +117,11 @@ class SafeTensorsDriver final : public AnyStorage {
     Scan scan;
     scan.directory = path;
     if (record != nullptr) {
-      for (auto const& file : record->files)
-        if (file.data) scan.files.push_back(file.path);
+      scan.files = data_files(*record);
       return scan;
     }
     if (medium.kind(path) == EntryKind::file) {
-      auto const slash = path.rfind('/');
-      scan.directory = slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
-      scan.files.push_back(path.substr(slash + 1));
+      scan.files.push_back(in_directory(path, scan.directory));
       return scan;
     }
     std::vector<std::string> indexes;
@@ -286,7 +283,7 @@ class SafeTensorsDriver final : public AnyStorage {
     std::vector<std::string> mixed;
     // Parts of one tensor go to one file, whatever the size and wherever its name says.
     std::map<std::string_view, std::uint64_t> bytes_of_parts;
-    std::map<std::string_view, int> file_of_parts;
+    std::map<std::pair<std::string_view, std::uint32_t>, int> file_of_parts;   // name, directory
     if (request.parts_of != nullptr)
       for (std::size_t t = 0; t < request.tensors.size(); ++t) bytes_of_parts[(*request.parts_of)[t]] += bytes_of(request.tensors[t].dtype, request.tensors[t].layout.shape.elements());
     for (std::size_t number = 0; number < request.tensors.size(); ++number) {
@@ -306,8 +303,9 @@ class SafeTensorsDriver final : public AnyStorage {
       }
       std::uint64_t const header = 128 + 6 * target.stored_name.size() + 48 * static_cast<std::size_t>(tensor.layout.shape.rank());   // an upper bound
       if (request.parts_of != nullptr) bytes = bytes_of_parts[name];
-      if (auto const known = file_of_parts.find(name); known != file_of_parts.end()) {
+      if (auto const known = file_of_parts.find({name, target.directory}); known != file_of_parts.end()) {
         target.file = known->second;
+        directory.header += header;
       } else if (options_.file_of.empty()) {
         if (directory.files == 0 || (directory.bytes > 0 && directory.bytes + bytes > options_.max_file_bytes) || directory.header + header > safetensors::max_header_bytes / 2)
           ++directory.files, directory.bytes = directory.header = 0;
@@ -320,7 +318,7 @@ class SafeTensorsDriver final : public AnyStorage {
         target.file = at->second;
         directory.files = std::max(directory.files, at->second);
       }
-      if (request.parts_of != nullptr) file_of_parts.emplace(name, target.file);
+      if (request.parts_of != nullptr) file_of_parts.emplace(std::pair{std::string_view{name}, target.directory}, target.file);
       targets.of.push_back(target);
     }
     if (!mixed.empty()) {   // the one way in which names that differ can become the same

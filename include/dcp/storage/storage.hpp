@@ -46,6 +46,24 @@ struct Scan {
   std::vector<std::pair<std::string, std::string>> texts{};         // small files beside them that say how they are to be understood: name, text
 };
 
+namespace detail {
+/// The data files that a commit record lists.
+template <class = Deferred>
+std::vector<std::string> data_files(CommitRecord const& record) {
+  std::vector<std::string> files;
+  for (auto const& file : record.files)
+    if (file.data) files.push_back(file.path);
+  return files;
+}
+/// The name of the file `path`, and the directory that it is in.
+template <class = Deferred>
+std::string in_directory(std::string const& path, std::string& directory) {
+  auto const slash = path.rfind('/');
+  directory = slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
+  return path.substr(slash + 1);
+}
+}  // namespace detail
+
 /// What the checkpoint floor asks of a storage.
 class AnyStorage {
  public:
