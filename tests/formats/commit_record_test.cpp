@@ -195,6 +195,17 @@ TEST_CASE("commit record: texts, bytes, JSON and per-rank values come back, the 
   CHECK(outcome_of(as_text(bytes), ConstByteSpan{large}.first(large.size() - 1)) == "bad_schema");
 }
 
+TEST_CASE("commit record: bools from dcp.values are 0 or 1") {
+  auto record = small_record();
+  record.values = {{"flags", {ValueKind::array, DType::boolean, Bytes(inline_value_bytes + 1, std::byte{1}), {}}}};
+  Bytes large;
+  auto const bytes = write_record(record, large);
+  REQUIRE(large.size() == inline_value_bytes + 1);
+  CHECK(parse_record(bytes, large).values == record.values);
+  large.back() = std::byte{2};
+  CHECK(outcome_of(as_text(bytes), large) == "bad_schema");
+}
+
 TEST_CASE("commit record: one whose files lie in a directory below it says so, in a format that older readers refuse; others stay as they were") {
   CommitRecord record = small_record();
   CHECK(text_of(record).find("\"format\": 1,") != std::string::npos);

@@ -219,6 +219,8 @@ Value parse_value(JsonValue const& from, ConstByteSpan large) {
     if (offset > large.size() || size > large.size() - offset) bad_record("a value lies outside " + std::string{values_name});
     if (value.kind == ValueKind::number || size % element_bytes != 0) bad_record("a value of the wrong size in " + std::string{values_name});
     auto const payload = large.subspan(static_cast<std::size_t>(offset), static_cast<std::size_t>(size));
+    if (numbers && value.dtype == DType::boolean && std::any_of(payload.begin(), payload.end(), [](std::byte byte) { return byte > std::byte{1}; }))
+      bad_record("a bool in " + std::string{values_name} + " that is neither 0 nor 1");   // which C++ has no meaning for
     value.payload.assign(payload.begin(), payload.end());
     return value;
   }
