@@ -97,8 +97,13 @@ TEST_CASE("block_kernels: every code of E4M3 and E5M2 times any scale is the pro
       std::array<float, 256> four{}, five{};
       kernels.e4m3(codes.data(), 256, scale, four.data());
       kernels.e5m2(codes.data(), 256, scale, five.data());
+      std::array<float, 8> scales{};
+      for (auto& other : scales) other = scale * static_cast<float>(random.between(1, 9));
+      std::array<float, 256> groups{};
+      kernels.e4m3_groups(codes.data(), 8, 32, scales.data(), groups.data());
       int wrong = 0;
       for (std::uint32_t c = 0; c < 256; ++c) {
+        wrong += !same(groups[c], exact::value_of(exact::e4m3, c) * static_cast<double>(scales[c / 32]));
         wrong += !same(four[c], exact::value_of(exact::e4m3, c) * static_cast<double>(scale));
         wrong += !same(five[c], exact::value_of(exact::e5m2, c) * static_cast<double>(scale));
       }
@@ -210,9 +215,11 @@ TEST_CASE("block_kernels: all kernels give equal bits with all instructions, for
     std::size_t bytes, floats;   // of a code
     Decode decode;
   };
-  std::array<Case, 14> const cases{{
+  std::array<Case, 16> const cases{{
       {"e4m3", 1, 1, [](BlockKernels const& k, std::byte const* in, std::size_t n, float const*, float const* s, float, float* out) { k.e4m3(in, n, s[0], out); }},
       {"e5m2", 1, 1, [](BlockKernels const& k, std::byte const* in, std::size_t n, float const*, float const* s, float, float* out) { k.e5m2(in, n, s[0], out); }},
+      {"E4M3 in groups of 32", 32, 32, [](BlockKernels const& k, std::byte const* in, std::size_t n, float const*, float const* s, float, float* out) { k.e4m3_groups(in, n, 32, s, out); }},
+      {"E4M3 in groups of 19", 19, 19, [](BlockKernels const& k, std::byte const* in, std::size_t n, float const*, float const* s, float, float* out) { k.e4m3_groups(in, n, 19, s, out); }},
       {"i8", 1, 1, [](BlockKernels const& k, std::byte const* in, std::size_t n, float const*, float const* s, float z, float* out) { k.i8(in, n, z, s[0], out); }},
       {"u8", 1, 1, [](BlockKernels const& k, std::byte const* in, std::size_t n, float const*, float const* s, float z, float* out) { k.u8(in, n, z, s[0], out); }},
       {"nibbles", 1, 2, [](BlockKernels const& k, std::byte const* in, std::size_t n, float const* t, float const*, float, float* out) { k.nibbles(in, n, t, out); }},

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <span>
 #include <string>
@@ -67,20 +68,28 @@ struct ScaleRule {
 template <class = Deferred>
 std::vector<float> numbers_of(EncodedPart const& part, PartBytes const& bytes) {
   std::vector<float> numbers(bytes.box.size());
-  if (part.dtype == DType::f8_e8m0) {
-    for (std::size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<float>(f8_e8m0::from_bits(static_cast<std::uint8_t>(bytes.data[i])));
-  } else {
-    cast_elements(part.dtype, bytes.data, DType::f32, reinterpret_cast<std::byte*>(numbers.data()), numbers.size());
+  switch (part.dtype) {
+    case DType::f8_e8m0:
+      for (std::size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<float>(f8_e8m0::from_bits(static_cast<std::uint8_t>(bytes.data[i])));
+      break;
+    case DType::f8_e4m3: block_kernels().e4m3(bytes.data, numbers.size(), 1.0f, numbers.data()); break;
+    case DType::bf16: block_kernels().from_bf16(bytes.data, numbers.size(), numbers.data()); break;
+    case DType::f16: block_kernels().from_f16(bytes.data, numbers.size(), numbers.data()); break;
+    default: cast_elements(part.dtype, bytes.data, DType::f32, reinterpret_cast<std::byte*>(numbers.data()), numbers.size());
   }
   return numbers;
 }
 template <class = Deferred>
 std::vector<float> scales_of(EncodedPart const& part, PartBytes const& bytes, ScaleRule rule) {
   std::vector<float> scales = numbers_of(part, bytes);
+  float const largest = std::numeric_limits<float>::max(), least = rule.negative ? -largest : 0.0f;
+  bool fine = true;   // NaN is not
+  for (auto const scale : scales) fine &= (scale >= least) & (scale <= largest) & ((scale != 0.0f) | rule.zero);
+  if (fine) return scales;
   for (auto const scale : scales)
     if (!std::isfinite(scale) || (scale == 0 && !rule.zero) || (scale < 0 && !rule.negative))
       throw Error{ErrorCode::quant_mismatch, part.name + ": a scale is " + (std::isfinite(scale) ? std::to_string(scale) : std::isnan(scale) ? "NaN" : "infinite") + ", which this scheme does not have"};
-  return scales;
+  return scales;   // not reached
 }
 
 /// Where in the dense box of a part the elements of one row of the tensor have their numbers.
@@ -124,6 +133,40 @@ void nibbles(std::byte const* codes, std::int64_t at, std::int64_t count, float 
   if (count % 2 != 0) out[count - 1] = table[static_cast<unsigned>(codes[(at + count) / 2]) & 15u];
 }
 
+/// Codes of four bits whose neighbours are in different groups: the values of all codes in each of a row's groups, and where each element's
+/// group has its own.
+class NibbleTables {
+ public:
+  /// groups: of the elements; first: the group whose values are set as number 0
+  template <class = Deferred>
+  NibbleTables(std::span<std::int32_t const> groups, std::int64_t first, std::int64_t count) : values_(static_cast<std::size_t>(16 * count)) {
+    tables_.reserve(groups.size());
+    for (auto const group : groups) tables_.push_back(static_cast<std::uint32_t>(16 * (group - first)));
+  }
+  void set(std::int64_t group, float zero, float scale) {
+    float* const values = values_.data() + 16 * group;
+    for (int c = 0; c < 16; ++c) values[c] = (static_cast<float>(c) - zero) * scale;
+  }
+  /// Of elements [begin, begin + count), whose first has code number `at` of `codes`.
+  template <class = Deferred>
+  void look_up(std::byte const* codes, std::int64_t at, std::int64_t begin, std::int64_t count, float* out) const {
+    float const* const values = values_.data();
+    std::uint32_t const* const table = tables_.data() + begin;
+    std::byte const* code = codes + at / 2;
+    std::int64_t i = 0;
+    if (count > 0 && at % 2 != 0) out[0] = values[table[0] + (static_cast<unsigned>(*code++) >> 4)], ++i;
+    for (; i + 2 <= count; i += 2) {
+      auto const pair = static_cast<unsigned>(*code++);
+      out[i] = values[table[i] + (pair & 15u)], out[i + 1] = values[table[i + 1] + (pair >> 4)];
+    }
+    if (i < count) out[i] = values[table[i] + (static_cast<unsigned>(*code) & 15u)];
+  }
+
+ private:
+  std::vector<float> values_;
+  std::vector<std::uint32_t> tables_;   // of each element: the first of its values
+};
+
 /// What codes of a GroupEncoding are.
 enum class Codes : std::uint8_t {
   floats,      // any float type, one per element
@@ -164,7 +207,10 @@ class GroupEncoding final : public Encoding {
     Tile tile{scales_of(parts()[1], given[1], spec_.rule), {}, {parts()[1], given[1].box, last}};
     if (second_ != 0) tile.second = {spec_.second_kind, scales_of(parts()[second_], given[second_], {})[0]};
     else if (spec_.divisor != 0) tile.second = {SecondScale::Kind::divide, spec_.divisor};
-    if (index_ != 0) tile.group_index = groups_of(given[index_]), tile.first_index = given[index_].box.origin[0];
+    if (index_ != 0) {
+      tile.group_index = groups_of(given[index_]), tile.first_index = given[index_].box.origin[0];
+      if (spec_.bits == 4) tile.tables.emplace(tile.group_index, 0, groups());   // packed, or in words of eight: the same
+    }
     Extents const strides = row_major_strides(given[0].box.shape);
     std::optional<RowNumbers> zero_rows;
     if (zeros_ != 0) zero_rows.emplace(parts()[zeros_], given[zeros_].box, last), tile.zero_bytes = given[zeros_].data;
@@ -187,6 +233,7 @@ class GroupEncoding final : public Encoding {
     RowNumbers rows;
     std::vector<std::int32_t> group_index{};   // of the columns from first_index on
     std::int64_t first_index = 0;
+    std::optional<NibbleTables> tables{};
     std::byte const* zero_bytes = nullptr;
   };
 
@@ -203,11 +250,11 @@ class GroupEncoding final : public Encoding {
   std::vector<std::int32_t> groups_of(PartBytes const& bytes) const {
     std::vector<std::int32_t> groups(bytes.box.size());
     std::memcpy(groups.data(), bytes.data, groups.size() * sizeof(std::int32_t));
-    std::int64_t const count = parts()[1].shape[parts()[1].shape.rank() - 1];
     for (auto const group : groups)
-      if (group < 0 || group >= count) this->refuse(index_, "a column is in group " + std::to_string(group) + ", and there are " + std::to_string(count));
+      if (group < 0 || group >= this->groups()) this->refuse(index_, "a column is in group " + std::to_string(group) + ", and there are " + std::to_string(this->groups()));
     return groups;
   }
+  std::int64_t groups() const { return parts()[1].shape[parts()[1].shape.rank() - 1]; }
 
   // A zero point, as codes are stored: the one at `at` of those of this row.
   float zero_at(Tile const& tile, RowNumbers const* rows, std::int64_t row, std::size_t at) const {
@@ -220,7 +267,7 @@ class GroupEncoding final : public Encoding {
   }
 
   // Columns [begin, end) of one row.
-  void row(Tile const& tile, RowNumbers const* zeros, std::int64_t row, std::byte const* codes, std::int64_t first, std::int64_t begin, std::int64_t end, float* out) const {
+  void row(Tile& tile, RowNumbers const* zeros, std::int64_t row, std::byte const* codes, std::int64_t first, std::int64_t begin, std::int64_t end, float* out) const {
     BlockKernels const& kernels = block_kernels();
     if (!tile.group_index.empty()) return row_by_index(tile, zeros, row, codes, first, begin, end, out);
     std::int64_t const each = tile.rows.each();
@@ -233,7 +280,14 @@ class GroupEncoding final : public Encoding {
         return run_e2m1(tile, codes, first, to, end, out + (to - begin));
       }
     }
+    bool const e4m3 = spec_.kind == Codes::floats && parts()[0].dtype == DType::f8_e4m3 && tile.second.kind == SecondScale::Kind::none;
     for (std::int64_t at = begin; at < end;) {
+      if (e4m3 && each > 0 && at % each == 0 && end - at >= each) {
+        std::int64_t const groups = (end - at) / each;
+        kernels.e4m3_groups(codes + (at - first), static_cast<std::size_t>(groups), static_cast<std::size_t>(each), tile.scales.data() + tile.rows.at(at), out + (at - begin));
+        at += groups * each;
+        continue;
+      }
       std::int64_t const stop = std::min(end, tile.rows.end_of_same(at));
       float const scale = tile.scales[tile.rows.at(at)];
       float* const to = out + (at - begin);
@@ -252,7 +306,11 @@ class GroupEncoding final : public Encoding {
     }
   }
   // Scales and zeros of the row are there for all groups.
-  void row_by_index(Tile const& tile, RowNumbers const* zeros, std::int64_t row, std::byte const* codes, std::int64_t first, std::int64_t begin, std::int64_t end, float* out) const {
+  void row_by_index(Tile& tile, RowNumbers const* zeros, std::int64_t row, std::byte const* codes, std::int64_t first, std::int64_t begin, std::int64_t end, float* out) const {
+    if (tile.tables) {
+      for (std::int64_t g = 0; g < groups(); ++g) tile.tables->set(g, zero_at(tile, zeros, row, zeros == nullptr ? 0 : zeros->at(0) + static_cast<std::size_t>(g)), tile.scales[tile.rows.at(0) + static_cast<std::size_t>(g)]);
+      return tile.tables->look_up(codes, begin - first, begin - tile.first_index, end - begin, out);
+    }
     for (std::int64_t column = begin; column < end; ++column) {
       auto const group = static_cast<std::size_t>(tile.group_index[static_cast<std::size_t>(column - tile.first_index)]);
       float const zero = zero_at(tile, zeros, row, zeros == nullptr ? 0 : zeros->at(0) + group);
@@ -395,6 +453,8 @@ class TransposedEncoding final : public Encoding {
     bool const scattered = tile.indexed && static_cast<std::int64_t>(tile.runs.size()) > count / 8;
     std::vector<float> scale_of(static_cast<std::size_t>(scattered ? groups : 0)), zero_of(scale_of.size());
     std::uint32_t const mask = (1u << spec_.bits) - 1;
+    std::optional<NibbleTables> tables;
+    if (scattered && spec_.bits == 4) tables.emplace(tile.groups, tile.first_group, groups);
     for (std::int64_t n = box.origin[0], end = n + box.shape[0]; n < end; n += columns) {
       std::int64_t const here = std::min(columns, end - n);
       for (std::int64_t w = 0; w < words; ++w) {
@@ -403,6 +463,12 @@ class TransposedEncoding final : public Encoding {
       }
       for (std::int64_t c = 0; c < here; ++c) {
         auto const* const row = reinterpret_cast<std::byte const*>(turned.data() + c * words);
+        if (tables) {
+          for (std::int64_t g = 0; g < groups; ++g) tables->set(g, zero(tile, g, n + c), tile.scale(g, n + c));
+          tables->look_up(row, box.origin[1] - first, box.origin[1] - tile.given[3].box.origin[0], count, out.data());
+          store(tile, n + c, out.data(), dtype, memory);
+          continue;
+        }
         if (scattered) {
           for (std::int64_t g = 0; g < groups; ++g) scale_of[static_cast<std::size_t>(g)] = tile.scale(g, n + c), zero_of[static_cast<std::size_t>(g)] = zero(tile, g, n + c);
           std::int64_t at = box.origin[1] - first;

@@ -35,6 +35,8 @@ struct BlockKernels {
   /// out[i] = E4M3(codes[i]) * scale
   void (*e4m3)(std::byte const* codes, std::size_t count, float scale, float* out);
   void (*e5m2)(std::byte const* codes, std::size_t count, float scale, float* out);
+  /// e4m3() for groups of `each` codes each: the scale of group g is scales[g]
+  void (*e4m3_groups)(std::byte const* codes, std::size_t groups, std::size_t each, float const* scales, float* out);
   /// out[i] = (codes[i] - zero) * scale, of signed and of unsigned bytes
   void (*i8)(std::byte const* codes, std::size_t count, float zero, float scale, float* out);
   void (*u8)(std::byte const* codes, std::size_t count, float zero, float scale, float* out);
@@ -58,6 +60,9 @@ struct PortableKernels {
   template <class F>
   static void small_floats(std::byte const* codes, std::size_t count, float scale, float* out) {
     for (std::size_t i = 0; i < count; ++i) out[i] = static_cast<float>(F::from_bits(static_cast<std::uint8_t>(codes[i]))) * scale;
+  }
+  static void e4m3_groups(std::byte const* codes, std::size_t groups, std::size_t each, float const* scales, float* out) {
+    for (std::size_t g = 0; g < groups; ++g) small_floats<f8_e4m3>(codes + g * each, each, scales[g], out + g * each);
   }
   static void i8(std::byte const* codes, std::size_t count, float zero, float scale, float* out) {
     for (std::size_t i = 0; i < count; ++i) out[i] = (static_cast<float>(static_cast<std::int8_t>(codes[i])) - zero) * scale;
@@ -105,7 +110,7 @@ struct PortableKernels {
   }
 };
 
-inline constexpr BlockKernels portable_kernels{PortableKernels::small_floats<f8_e4m3>, PortableKernels::small_floats<f8_e5m2>, PortableKernels::i8, PortableKernels::u8, PortableKernels::nibble_of_words, PortableKernels::nibbles, PortableKernels::nibbles_high_first,
+inline constexpr BlockKernels portable_kernels{PortableKernels::small_floats<f8_e4m3>, PortableKernels::small_floats<f8_e5m2>, PortableKernels::e4m3_groups, PortableKernels::i8, PortableKernels::u8, PortableKernels::nibble_of_words, PortableKernels::nibbles, PortableKernels::nibbles_high_first,
                                                PortableKernels::nibble_groups, PortableKernels::widen<bf16>, PortableKernels::widen<f16>, PortableKernels::narrow<bf16>, PortableKernels::narrow<f16>};
 
 #if DCP_X86_KERNELS
@@ -171,7 +176,7 @@ struct Avx2Kernels {
     std::memcpy(out + 8, &high, sizeof high);
   }
 
-  DCP_TARGET_AVX2 static void e4m3(std::byte const* codes, std::size_t count, float scale, float* out) {
+  DCP_TARGET_AVX2 static inline __attribute__((always_inline)) void e4m3_run(std::byte const* codes, std::size_t count, float scale, float* out) {
     F8 const scales = splat<F8>(scale);
     std::size_t i = 0;
     for (; i + 16 <= count; i += 16) {
@@ -179,6 +184,10 @@ struct Avx2Kernels {
       store(value.low * scales, value.high * scales, out + i);
     }
     PortableKernels::small_floats<f8_e4m3>(codes + i, count - i, scale, out + i);
+  }
+  DCP_TARGET_AVX2 static void e4m3(std::byte const* codes, std::size_t count, float scale, float* out) { e4m3_run(codes, count, scale, out); }
+  DCP_TARGET_AVX2 static void e4m3_groups(std::byte const* codes, std::size_t groups, std::size_t each, float const* scales, float* out) {
+    for (std::size_t g = 0; g < groups; ++g) e4m3_run(codes + g * each, each, scales[g], out + g * each);
   }
   DCP_TARGET_AVX2 static void e5m2(std::byte const* codes, std::size_t count, float scale, float* out) {
     F8 const scales = splat<F8>(scale);
@@ -305,7 +314,7 @@ struct Avx2Kernels {
     PortableKernels::narrow<f16>(in + i, count - i, out + 2 * i);
   }
 };
-inline constexpr BlockKernels avx2_kernels{Avx2Kernels::e4m3, Avx2Kernels::e5m2, Avx2Kernels::i8, Avx2Kernels::u8, Avx2Kernels::nibble_of_words, Avx2Kernels::nibbles, Avx2Kernels::nibbles_high_first, Avx2Kernels::nibble_groups, Avx2Kernels::from_bf16, Avx2Kernels::from_f16, Avx2Kernels::to_bf16, Avx2Kernels::to_f16};
+inline constexpr BlockKernels avx2_kernels{Avx2Kernels::e4m3, Avx2Kernels::e5m2, Avx2Kernels::e4m3_groups, Avx2Kernels::i8, Avx2Kernels::u8, Avx2Kernels::nibble_of_words, Avx2Kernels::nibbles, Avx2Kernels::nibbles_high_first, Avx2Kernels::nibble_groups, Avx2Kernels::from_bf16, Avx2Kernels::from_f16, Avx2Kernels::to_bf16, Avx2Kernels::to_f16};
 #endif
 
 template <class = Deferred>
