@@ -20,6 +20,7 @@
 
 #include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
+#include <dcp/base/crc_folding.hpp>
 #include <dcp/base/error.hpp>
 
 #include <array>
@@ -28,10 +29,6 @@
 #include <cstring>
 #include <span>
 #include <string>
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define DCP_CRC64_X86 1
-#endif
 
 namespace dcp {
 namespace detail {
@@ -108,129 +105,20 @@ std::uint64_t crc64_raw_tables(std::byte const* bytes, std::size_t size, std::ui
 }
 inline std::uint64_t crc64_multiply_bits(std::uint64_t a, std::uint64_t b) { return crc64_multiply(a, b); }
 
-#ifdef DCP_CRC64_X86
-// Folding. 16 bytes in a register are V = low * x^64 + high (the low half came first in memory). Moving V over d later bits is
-//   V * x^d  ==  low * x^(d+64) + high * x^d   (mod P),
-// two products of 64-bit words, each at most 128 bits long: the same shape as V again, so they are added to the 16 bytes that lie d
-// bits later, and no remainder is taken until the end. A carry-less product of two reflected words, read as a reflected 128-bit
-// word, comes out as a * b * x, because bits i and j land on bit i + j while x^(63-i) * x^(63-j) belongs on bit i + j + 1; hence
-// the exponents below are one less than in the formula.
-struct Crc64Fold {
-  std::uint64_t low, high;
+struct Crc64Nvme {
+  using Word = std::uint64_t;
+  template <class = Deferred>
+  static Word tables(std::byte const* bytes, std::size_t size, Word state) { return crc64_raw_tables(bytes, size, state); }
+  template <unsigned Bits>
+  static CrcFold fold_over() {
+    static constexpr CrcFold result{crc64_x_to(Bits + 63), crc64_x_to(Bits - 1)};
+    return result;
+  }
+  template <class = Deferred>
+  static Word reduce(std::uint64_t low, std::uint64_t high) { return crc64_shift_word(low) ^ high; }
+  template <class = Deferred>
+  static Word remainder(std::uint64_t low, std::uint64_t high) { return crc64_shift_word(reduce(low, high)); }
 };
-template <unsigned Bits>
-Crc64Fold crc64_fold_over() {
-  static constexpr Crc64Fold result{crc64_x_to(Bits + 63), crc64_x_to(Bits - 1)};
-  return result;
-}
-
-#define DCP_TARGET_CLMUL __attribute__((target("pclmul,sse4.1")))
-#define DCP_TARGET_VCLMUL __attribute__((target("avx512f,vpclmulqdq,pclmul,sse4.1")))
-
-// Vectors and products by the compilers' own names: <immintrin.h> takes g++ 12 0.35 s in every file that includes it.
-typedef long long Crc64Lanes2 __attribute__((vector_size(16)));
-typedef long long Crc64Lanes8 __attribute__((vector_size(64)));
-#define DCP_CLMUL_128 __builtin_ia32_pclmulqdq128
-#ifdef __clang__
-#define DCP_CLMUL_512 __builtin_ia32_pclmulqdq512
-#else
-#define DCP_CLMUL_512 __builtin_ia32_vpclmulqdq_v8di
-#endif
-
-template <class = Deferred>
-DCP_TARGET_CLMUL Crc64Lanes2 crc64_load(std::byte const* bytes) {
-  Crc64Lanes2 lanes;
-  std::memcpy(&lanes, bytes, sizeof lanes);
-  return lanes;
-}
-template <class = Deferred>
-DCP_TARGET_CLMUL Crc64Lanes2 crc64_factors(Crc64Fold fold) { return Crc64Lanes2{static_cast<long long>(fold.low), static_cast<long long>(fold.high)}; }
-template <class = Deferred>
-DCP_TARGET_CLMUL Crc64Lanes2 crc64_fold(Crc64Lanes2 value, Crc64Lanes2 factors, Crc64Lanes2 later) {
-  return later ^ (DCP_CLMUL_128(value, factors, 0x00) ^ DCP_CLMUL_128(value, factors, 0x11));
-}
-
-// The remainder of `value` followed by the bytes that are left.
-template <class = Deferred>
-DCP_TARGET_CLMUL std::uint64_t crc64_finish(Crc64Lanes2 value, std::byte const* bytes, std::size_t size) {
-  Crc64Lanes2 const over_128 = crc64_factors(crc64_fold_over<128>());
-  for (; size >= 16; bytes += 16, size -= 16) value = crc64_fold(value, over_128, crc64_load(bytes));
-  auto const low = static_cast<std::uint64_t>(value[0]), high = static_cast<std::uint64_t>(value[1]);
-  return crc64_raw_tables(bytes, size, crc64_shift_word(crc64_shift_word(low) ^ high));
-}
-
-// Four accumulators, because a carry-less product takes three to seven cycles and one can start in each.
-template <class = Deferred>
-DCP_TARGET_CLMUL std::uint64_t crc64_raw_clmul(std::byte const* bytes, std::size_t size, std::uint64_t state) {
-  if (size < 16) return crc64_raw_tables(bytes, size, state);
-  Crc64Lanes2 a = crc64_load(bytes) ^ Crc64Lanes2{static_cast<long long>(state), 0};
-  if (size < 64) return crc64_finish(a, bytes + 16, size - 16);
-  Crc64Lanes2 b = crc64_load(bytes + 16), c = crc64_load(bytes + 32), d = crc64_load(bytes + 48);
-  bytes += 64, size -= 64;
-  Crc64Lanes2 const over_512 = crc64_factors(crc64_fold_over<512>());
-  for (; size >= 64; bytes += 64, size -= 64) {
-    a = crc64_fold(a, over_512, crc64_load(bytes));
-    b = crc64_fold(b, over_512, crc64_load(bytes + 16));
-    c = crc64_fold(c, over_512, crc64_load(bytes + 32));
-    d = crc64_fold(d, over_512, crc64_load(bytes + 48));
-  }
-  Crc64Lanes2 const over_128 = crc64_factors(crc64_fold_over<128>());
-  return crc64_finish(crc64_fold(crc64_fold(crc64_fold(a, over_128, b), over_128, c), over_128, d), bytes, size);
-}
-
-// The product, shifted to undo the factor x of the instruction, is low * x^64 + high.
-template <class = Deferred>
-DCP_TARGET_CLMUL std::uint64_t crc64_multiply_clmul(std::uint64_t a, std::uint64_t b) {
-  Crc64Lanes2 const product = DCP_CLMUL_128((Crc64Lanes2{static_cast<long long>(a), 0}), (Crc64Lanes2{static_cast<long long>(b), 0}), 0x00);
-  auto const low = static_cast<std::uint64_t>(product[0]), high = static_cast<std::uint64_t>(product[1]);
-  return crc64_shift_word(low << 1) ^ (high << 1 | low >> 63);
-}
-
-template <class = Deferred>
-DCP_TARGET_VCLMUL Crc64Lanes8 crc64_load_512(std::byte const* bytes) {
-  Crc64Lanes8 lanes;
-  std::memcpy(&lanes, bytes, sizeof lanes);
-  return lanes;
-}
-template <class = Deferred>
-DCP_TARGET_VCLMUL Crc64Lanes8 crc64_factors_512(Crc64Fold fold) {
-  auto const low = static_cast<long long>(fold.low), high = static_cast<long long>(fold.high);
-  return Crc64Lanes8{low, high, low, high, low, high, low, high};
-}
-// Both compilers make one ternary operation of the two exclusive ors.
-template <class = Deferred>
-DCP_TARGET_VCLMUL Crc64Lanes8 crc64_fold_512(Crc64Lanes8 value, Crc64Lanes8 factors, Crc64Lanes8 later) {
-  return later ^ DCP_CLMUL_512(value, factors, 0x00) ^ DCP_CLMUL_512(value, factors, 0x11);
-}
-
-template <class = Deferred>
-DCP_TARGET_VCLMUL std::uint64_t crc64_raw_vclmul(std::byte const* bytes, std::size_t size, std::uint64_t state) {
-  if (size < 256) return crc64_raw_clmul(bytes, size, state);
-  Crc64Lanes8 a = crc64_load_512(bytes) ^ Crc64Lanes8{static_cast<long long>(state), 0, 0, 0, 0, 0, 0, 0};
-  Crc64Lanes8 b = crc64_load_512(bytes + 64), c = crc64_load_512(bytes + 128), d = crc64_load_512(bytes + 192);
-  bytes += 256, size -= 256;
-  Crc64Lanes8 const over_2048 = crc64_factors_512(crc64_fold_over<2048>());
-  for (; size >= 256; bytes += 256, size -= 256) {
-    a = crc64_fold_512(a, over_2048, crc64_load_512(bytes));
-    b = crc64_fold_512(b, over_2048, crc64_load_512(bytes + 64));
-    c = crc64_fold_512(c, over_2048, crc64_load_512(bytes + 128));
-    d = crc64_fold_512(d, over_2048, crc64_load_512(bytes + 192));
-  }
-  Crc64Lanes8 const over_512 = crc64_factors_512(crc64_fold_over<512>());
-  d = crc64_fold_512(crc64_fold_512(crc64_fold_512(a, over_512, b), over_512, c), over_512, d);
-  for (; size >= 64; bytes += 64, size -= 64) d = crc64_fold_512(d, over_512, crc64_load_512(bytes));
-  alignas(64) std::array<std::byte, 64> lanes;
-  std::memcpy(lanes.data(), &d, sizeof d);
-  Crc64Lanes2 const over_128 = crc64_factors(crc64_fold_over<128>());
-  Crc64Lanes2 value = crc64_load(lanes.data());
-  for (std::size_t lane = 16; lane < 64; lane += 16) value = crc64_fold(value, over_128, crc64_load(lanes.data() + lane));
-  return crc64_finish(value, bytes, size);
-}
-#undef DCP_TARGET_CLMUL
-#undef DCP_TARGET_VCLMUL
-#undef DCP_CLMUL_128
-#undef DCP_CLMUL_512
-#endif
 
 }  // namespace detail
 
@@ -247,14 +135,13 @@ std::span<Crc64Implementation const> crc64_implementations() {
   static std::array<Crc64Implementation, 3> list{{{"tables", detail::crc64_raw_tables, detail::crc64_multiply_bits}}};
   static std::size_t const count = [] {
     std::size_t n = 1;
-#ifdef DCP_CRC64_X86
+#if DCP_X86_KERNELS
     __builtin_cpu_init();   // a caller may run before the constructors of the run-time library
     if (__builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1")) {
-      list[n++] = {"pclmulqdq", detail::crc64_raw_clmul, detail::crc64_multiply_clmul};
+      list[n++] = {"pclmulqdq", detail::crc_raw_clmul<detail::Crc64Nvme>, detail::crc_multiply_clmul<detail::Crc64Nvme>};
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("vpclmulqdq"))
-        list[n++] = {"vpclmulqdq-512", detail::crc64_raw_vclmul, detail::crc64_multiply_clmul};
+        list[n++] = {"vpclmulqdq-512", detail::crc_raw_vclmul<detail::Crc64Nvme>, detail::crc_multiply_clmul<detail::Crc64Nvme>};
     }
-#undef DCP_CRC64_X86
 #endif
     return n;
   }();
