@@ -22,6 +22,7 @@
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/crc_folding.hpp>
 #include <dcp/base/error.hpp>
+#include <dcp/base/instructions.hpp>
 
 #include <array>
 #include <cstddef>

@@ -8,6 +8,7 @@
 #include <dcp/base/config.hpp>
 #include <dcp/base/bytes.hpp>
 #include <dcp/base/crc_folding.hpp>
+#include <dcp/base/instructions.hpp>
 
 #include <array>
 #include <cstddef>
