@@ -176,12 +176,17 @@ TEST_CASE("Tree::parse: batches of a container are one after the other, however 
   CHECK(outcome_of([&] { first.item(66); }) == "bad_schema");
 }
 
-TEST_CASE("Tree::parse: a memoized value is one value in all its places") {
+TEST_CASE("Tree::parse: a memoized value is one value in all its places, a small integer wherever it stands") {
   std::string const bytes = lit("]q\x00h\x00]\x87.");
   auto const tree = Tree::parse(as_byte_span(bytes), everything);
   Value const root = tree.root();
   CHECK(root.item(0).id() == root.item(1).id());
   CHECK(root.item(0).id() != root.item(2).id());
+  std::string const numbers = "K\x01K\xffK\x01\x87.";
+  auto const small = Tree::parse(as_byte_span(numbers), everything);
+  CHECK(small.root().item(0).id() == small.root().item(2).id());
+  CHECK(small.root().item(0).id() != small.root().item(1).id());
+  CHECK(pickle_text(small.root()) == "(1, 255, 1)");
 }
 
 TEST_CASE("Tree::parse asks once for each global, and says which are allowed") {
@@ -296,6 +301,18 @@ TEST_CASE("Tree::parse: checkpoints' metadata of every protocol that PyTorch has
   }
 }
 
+TEST_CASE("Tree::parse: one list that CPython pickled with each of its protocols has the same plain values") {
+  for (int protocol = 0; protocol <= 5; ++protocol) {
+    CAPTURE(protocol);
+    std::string const text = pickle_text(golden::text_of(golden::root() / "pickle" / ("values_protocol" + std::to_string(protocol) + ".pkl")));
+    CHECK(text.starts_with("[None, True, 1, 300, -5, 1099511627776, 0x000000000000000040, float 1.5, 'text', '\xc3\xa9\xf0\x9f\x9a\x80', "));
+    CHECK(text.find(protocol < 3 ? ", _codecs.encode('\xc3\xbf" : ", b'ff00', ") != std::string::npos);
+    CHECK(text.find(", (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), {'a': 1, 'b': [2]}, ") != std::string::npos);
+    CHECK(text.find("collections.OrderedDict") != std::string::npos);
+    CHECK(text.ends_with(", {'a': 1, 'b': [2]}]"));
+  }
+}
+
 TEST_CASE("expanded_nodes counts a value once for each of its places, and refuses more than the limit, deep nests and cycles") {
   auto const count = [](std::string const& bytes, std::uint64_t limit, std::uint32_t depth = 1000) {
     auto const tree = Tree::parse(as_byte_span(bytes), everything);
@@ -356,9 +373,9 @@ TEST_CASE("Writer: texts and globals that come again are recalled from the memo,
   }
 }
 
-TEST_CASE("Writer: bytes are a call of encode, empty bytes of a class") {
+TEST_CASE("Writer: bytes are a call of encode, which both unpicklers of PyTorch allow") {
   CHECK(text_of(Writer{}.bytes(as_byte_span("a\xff")).take()) == lit("\x80\x02" "c_codecs\nencode\nq\0X\3\0\0\0a\xc3\xbfX\6\0\0\0latin1q\1\x86R."));
-  CHECK(text_of(Writer{}.bytes({}).take()) == lit("\x80\x02" "c__builtin__\nbytes\nq\0)R."));
+  CHECK(text_of(Writer{}.bytes({}).take()) == lit("\x80\x02" "c_codecs\nencode\nq\0X\0\0\0\0X\6\0\0\0latin1q\1\x86R."));
 }
 
 TEST_CASE("Writer: what a pickle cannot hold is refused") {

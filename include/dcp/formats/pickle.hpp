@@ -3,10 +3,10 @@
 // Python pickles as data: a reader that builds a tree of values and never calls, imports or computes anything, and a writer of the
 // few opcodes that PyTorch's weights_only unpickler accepts.
 //
-// A pickle is a program for a machine with a stack and a memo. Three of its instructions make it dangerous to a Python process: GLOBAL
-// finds anything by name, REDUCE and NEWOBJ call what was found, BUILD gives the result its state. Here they make nodes: a global is a pair of names, an
-// object is "this global, with these arguments, and this state". What that means is for the caller to know, who also says which
-// globals may occur at all.
+// A pickle is a program for a machine with a stack and a memo. What makes it dangerous to a Python process is that GLOBAL finds anything
+// by name, that REDUCE and NEWOBJ call what was found, and that BUILD may run code of the result. Here these make nodes: a global is a
+// pair of names, an object is "this global, with these arguments and this state". What that means is for the caller to know, who
+// also says which globals may occur at all.
 //
 // The memo lets one value stand in many places, so the tree is a graph: a few bytes can stand for 2^1000 values, and a list can hold
 // itself. There are at most as many nodes as bytes in the stream, and four; a walk over them is bounded by expanded_nodes().
@@ -165,7 +165,7 @@ class Value {
   template <class = Deferred>
   Value persistent_id() const { return {*store_, want(Kind::persistent).a}; }
 
-  /// The same for one and the same value in several places.
+  /// The same for one and the same value in several places; also for equal ones among None, bools, () and integers of a byte.
   std::uint32_t id() const { return index_; }
 
  private:
@@ -219,6 +219,7 @@ std::uint64_t expanded_nodes(Value const& value, std::uint64_t limit, std::uint3
       count = open;
       work.push_back(std::uint64_t{index} * 2 + 1);
       store.for_each_part(store.nodes[index], [&](std::uint32_t part) {
+        if (counts[part] == 0 && store.nodes[part].kind < Kind::list) counts[part] = 1;   // has no parts
         if (counts[part] == 0 || counts[part] == open) work.push_back(std::uint64_t{part} * 2);
       });
       continue;

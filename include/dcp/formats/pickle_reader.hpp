@@ -41,7 +41,8 @@ enum class Kind : std::uint8_t {
   object,          // what a call of a global gives
   persistent,      // what the program around the pickle keeps under an id: the storages of torch.save
 };
-inline constexpr std::array kind_names{"None", "a bool", "an integer", "an integer beyond 64 bits", "a float", "a text", "bytes", "a list", "a tuple", "a dict", "a set", "a global", "an object", "a persistent object"};
+inline constexpr std::array kind_names{"None",   "a bool",  "an integer", "an integer beyond 64 bits", "a float",  "a text",    "bytes",
+                                       "a list", "a tuple", "a dict", "a set", "a global", "an object", "a persistent object"};
 
 /// What a stream may hold; beyond it, Error(limit) names the limit.
 struct Limits {
@@ -160,6 +161,10 @@ class Reader {
     store_.input = bytes;
     begin_ = at_ = instruction_ = bytes.data();
     end_ = begin_ + bytes.size();
+    // Growing would copy, and touch twice the memory. `.metadata` has a node per 7 to 12 bytes; the cap is for a few large texts or bytes.
+    auto const nodes = static_cast<std::size_t>(std::min({std::uint64_t{bytes.size()} / 6 + 4, max_nodes_ + 4, std::uint64_t{1} << 21}));
+    store_.nodes.reserve(nodes);
+    store_.pool.reserve(nodes);
     store_.nodes = {Node{}, Node{.kind = Kind::boolean}, Node{.kind = Kind::boolean, .a = 1}, Node{.kind = Kind::tuple}};
     store_.batches = {Batch{}};   // 0 stands for none
   }
@@ -202,7 +207,7 @@ class Reader {
       case op::newtrue: push(true_node); break;
       case op::newfalse: push(false_node); break;
       case op::binint: push_integer(number<std::int32_t>()); break;
-      case op::binint1: push_integer(number<std::uint8_t>()); break;
+      case op::binint1: push_small(number<std::uint8_t>()); break;
       case op::binint2: push_integer(number<std::uint16_t>()); break;
       case op::long1: push_long(take(number<std::uint8_t>())); break;
       case op::long4: push_long(take(size_of(number<std::int32_t>()))); break;
@@ -315,31 +320,34 @@ class Reader {
     }
   }
 
-  // --- faults
-  [[noreturn]] void fault(ErrorCode code, std::string const& problem) const {
+  // --- faults: functions of their own, so that what calls them is small enough to be inlined
+  [[noreturn, gnu::cold, gnu::noinline]] void fault(ErrorCode code, std::string const& problem) const {
     auto const position = static_cast<std::uint64_t>(instruction_ - begin_);
-    throw Error{code, "the pickle " + problem + " (byte " + std::to_string(position) + " of " + std::to_string(total_) + ")"}.with_range(options_.first_byte + position,
-                                                                                                                                      options_.first_byte + position + 1);
+    Error error{code, "the pickle " + problem + " (byte " + std::to_string(position) + " of " + std::to_string(total_) + ")"};
+    throw error.with_range(options_.first_byte + position, options_.first_byte + position + 1);
   }
-  [[noreturn]] void fault(std::string const& problem) const { fault(ErrorCode::bad_schema, problem); }
-  [[noreturn]] void misplaced(std::string const& what, std::uint32_t node) const { fault(std::string{"is wrong: "} + what + ' ' + kind_names[static_cast<std::size_t>(kind_of(node))]); }
-  [[noreturn]] void refuse(unsigned char code) const {
+  [[noreturn, gnu::cold, gnu::noinline]] void fault(std::string const& problem) const { fault(ErrorCode::bad_schema, problem); }
+  [[noreturn, gnu::cold, gnu::noinline]] void misplaced(std::string const& what, std::uint32_t node) const {
+    fault("is wrong: " + what + ' ' + kind_names[static_cast<std::size_t>(kind_of(node))]);
+  }
+  [[noreturn, gnu::cold, gnu::noinline]] void refuse(unsigned char code) const {
     struct Refused {
       unsigned char code;
       char const* name;
     };
-    for (Refused const& refused : std::initializer_list<Refused>{{op::inst, "INST"}, {op::obj, "OBJ"}, {op::ext1, "EXT1"}, {op::ext2, "EXT2"}, {op::ext4, "EXT4"}, {op::next_buffer, "NEXT_BUFFER"},
-                                                                 {op::readonly_buffer, "READONLY_BUFFER"}})
+    for (Refused const& refused : std::initializer_list<Refused>{{op::inst, "INST"}, {op::obj, "OBJ"}, {op::ext1, "EXT1"}, {op::ext2, "EXT2"}, {op::ext4, "EXT4"},
+                                                                 {op::next_buffer, "NEXT_BUFFER"}, {op::readonly_buffer, "READONLY_BUFFER"}})
       if (code == refused.code) fault(ErrorCode::unsupported, std::string{"uses "} + refused.name + ", which is not supported");
     fault(ErrorCode::unsupported, "uses the opcode 0x" + hex16(code).substr(14) + ", which is not known");
   }
 
   // --- operands
   void need(std::uint64_t bytes, char const* problem) const {
-    auto const left = static_cast<std::uint64_t>(end_ - at_);
-    if (bytes <= left) return;
+    if (bytes > static_cast<std::uint64_t>(end_ - at_)) [[unlikely]] too_short(bytes, problem);
+  }
+  [[noreturn, gnu::cold, gnu::noinline]] void too_short(std::uint64_t bytes, char const* problem) const {
     if (clipped_) fault(ErrorCode::limit, "is longer than " + std::to_string(store_.input.size()) + " bytes (max_bytes)");
-    fault(ErrorCode::truncated, std::string{problem} + ": " + std::to_string(bytes) + " bytes are wanted and " + std::to_string(left) + " are left");
+    fault(ErrorCode::truncated, std::string{problem} + ": " + std::to_string(bytes) + " bytes are wanted and " + std::to_string(end_ - at_) + " are left");
   }
   ConstByteSpan take(std::uint64_t bytes) {
     need(bytes, "ends inside an operand");
@@ -380,8 +388,11 @@ class Reader {
   void push(std::uint32_t node) { stack_.push_back(node); }
   /// The index of the `count` topmost values.
   std::size_t room(std::size_t count) const {
-    if (stack_.size() - floor() < count) fault("takes " + std::to_string(count) + " values from a stack of " + std::to_string(stack_.size() - floor()));
+    if (stack_.size() - floor() < count) [[unlikely]] underflow(count);
     return stack_.size() - count;
+  }
+  [[noreturn, gnu::cold, gnu::noinline]] void underflow(std::size_t count) const {
+    fault("takes " + std::to_string(count) + " values from a stack of " + std::to_string(stack_.size() - floor()));
   }
   std::uint32_t top() const { return stack_[room(1)]; }
   std::uint32_t pop() {
@@ -402,14 +413,21 @@ class Reader {
   }
 
   // --- nodes
+  [[noreturn, gnu::cold, gnu::noinline]] void too_many(char const* what, std::uint64_t limit) const { fault(ErrorCode::limit, "has more than " + std::to_string(limit) + ' ' + what); }
   Kind kind_of(std::uint32_t node) const { return store_.nodes[node].kind; }
   std::uint32_t add(Node const& node) {
-    if (store_.nodes.size() >= max_nodes_) fault(ErrorCode::limit, "has more than " + std::to_string(max_nodes_) + " values (max_nodes)");
+    if (store_.nodes.size() >= max_nodes_) [[unlikely]] too_many("values (max_nodes)", max_nodes_);
     store_.nodes.push_back(node);
     return static_cast<std::uint32_t>(store_.nodes.size() - 1);
   }
   std::uint32_t add_bits(Kind kind, std::uint64_t bits) { return add({.kind = kind, .a = static_cast<std::uint32_t>(bits), .b = static_cast<std::uint32_t>(bits >> 32)}); }
   void push_integer(std::int64_t value) { push(add_bits(Kind::integer, static_cast<std::uint64_t>(value))); }
+  /// One node for all that are equal, as CPython has one object: most shapes and indices are such.
+  void push_small(std::uint8_t value) {
+    std::uint32_t& node = small_[value];
+    if (node == 0) node = add_bits(Kind::integer, value);
+    push(node);
+  }
   void push_real(std::uint64_t bits) { push(add_bits(Kind::real, bits)); }
   std::uint32_t add_span(Kind kind, ConstByteSpan part) {
     return add({.kind = kind, .a = static_cast<std::uint32_t>(part.data() - begin_), .b = static_cast<std::uint32_t>(part.size())});
@@ -608,16 +626,15 @@ class Reader {
       memo_[index] = node;
       return;
     }
-    bool known = false;
-    if (!sparse_.empty()) {
-      auto const found = sparse_.find(index);
-      known = found != sparse_.end();
-      if (known) found->second = node;
-    }
-    if (known) return;
-    if (memo_entries_ >= options_.limits.max_memo) fault(ErrorCode::limit, "memoizes more than " + std::to_string(options_.limits.max_memo) + " values (max_memo)");
+    if (!sparse_.empty())
+      if (auto const found = sparse_.find(index); found != sparse_.end()) {
+        found->second = node;
+        return;
+      }
+    if (memo_entries_ >= options_.limits.max_memo) [[unlikely]] too_many("entries of the memo (max_memo)", options_.limits.max_memo);
     ++memo_entries_;
-    if (index >= memo_.size() && index < 2 * memo_entries_ + 256) memo_.resize(static_cast<std::size_t>(index) + 1, absent);
+    if (index == memo_.size()) return memo_.push_back(node);
+    if (index > memo_.size() && index < 2 * memo_entries_ + 256) memo_.resize(static_cast<std::size_t>(index) + 1, absent);
     if (index < memo_.size()) memo_[index] = node;
     else sparse_.emplace(index, node);
   }
@@ -639,6 +656,7 @@ class Reader {
   std::vector<std::uint32_t> memo_;
   std::map<std::uint64_t, std::uint32_t> sparse_;
   std::uint64_t memo_entries_ = 0;
+  std::array<std::uint32_t, 256> small_{};   // 0: not made yet
 };
 
 }  // namespace detail

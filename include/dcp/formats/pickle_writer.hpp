@@ -78,10 +78,10 @@ class Writer {
     byte(detail::op::global).raw(module).raw("\n").raw(name).raw("\n");
     return memoize(out_.size() - module.size() - name.size() - 2, module.size(), name.size());
   }
-  /// As CPython writes bytes in protocol 2, which has no opcode for them: encode(text, 'latin1').
+  /// As CPython writes bytes in protocol 2, which has no opcode for them: encode(text, 'latin1'). Empty ones, too: CPython calls the class
+  /// bytes for them, which the weights_only unpickler refuses.
   template <class = Deferred>
   Writer& bytes(ConstByteSpan value) {
-    if (value.empty()) return global("__builtin__", "bytes").empty_tuple().reduce();
     global("_codecs", "encode");
     auto const high = static_cast<std::size_t>(std::count_if(value.begin(), value.end(), [](std::byte b) { return b >= std::byte{0x80}; }));
     byte(detail::op::binunicode).size(value.size() + high);
