@@ -31,6 +31,7 @@
 #include <dcp/storage/safetensors.hpp>
 #include <dcp/storage/quantized.hpp>
 #include <dcp/storage/gguf.hpp>
+#include <dcp/storage/torch_dcp.hpp>
 
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/report.hpp>

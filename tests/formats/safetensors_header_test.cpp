@@ -189,7 +189,7 @@ TEST_CASE("assign_offsets: widest dtype first, then names by bytes, without gaps
   for (auto const& tensor : tensors) order += tensor.name + ' ';
   CHECK(order == "10 9 B Z _ a aa ");
   tensors.clear();
-  for (int i = 0; i < dtype_count; ++i) tensors.push_back(info("x" + std::to_string(i), static_cast<DType>(i), {4, 2}));
+  for (int i = 0; i < safetensors_dtype_count; ++i) tensors.push_back(info("x" + std::to_string(i), static_cast<DType>(i), {4, 2}));
   assign_offsets(tensors);
   order.clear();
   for (auto const& tensor : tensors) {
@@ -228,7 +228,7 @@ TEST_CASE("law: what write_header writes, parse_header reads") {
   for (int round = 0; round < 200; ++round) {
     std::vector<TensorInfo> tensors;
     for (int t = below(8); t > 0; --t) {
-      TensorInfo tensor = info(std::to_string(t), static_cast<DType>(below(dtype_count)), {});
+      TensorInfo tensor = info(std::to_string(t), static_cast<DType>(below(safetensors_dtype_count)), {});
       for (int k = below(6); k > 0; --k) tensor.name += pieces[static_cast<std::size_t>(below(pieces.size()))];
       std::vector<std::int64_t> sizes{8};   // whole bytes for every dtype
       for (int d = below(7); d > 0; --d) sizes.push_back(below(8));

@@ -44,7 +44,7 @@ void write_json(std::string const& file, nlohmann::json const& json) {
 
 void write(dcp::FileLayout layout, std::string const& reader, std::string const& directory, int ranks, std::uint64_t file_bytes, std::string const& expected) {
   Tensors tensors;
-  for (int i = 0; i < dcp::dtype_count; ++i) {
+  for (int i = 0; i < dcp::safetensors_dtype_count; ++i) {
     auto const dtype = static_cast<DType>(i);
     std::string const name{to_string(dtype)};
     bool const torch = reader == "torch";

@@ -108,7 +108,7 @@ Tensors simple(std::vector<std::string> const& names) {
 // Every dtype, in shapes that cut unevenly or not at all.
 Tensors every_dtype() {
   Tensors tensors;
-  for (int i = 0; i < dcp::dtype_count; ++i) {
+  for (int i = 0; i < dcp::safetensors_dtype_count; ++i) {
     auto const dtype = static_cast<DType>(i);
     std::string const name = "all." + std::string{to_string(dtype)};
     tensors.push_back(made_tensor(name + ".matrix", dtype, {7, 8}));

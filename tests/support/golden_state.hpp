@@ -24,7 +24,7 @@ inline constexpr int ranks = 3;
 
 inline std::vector<WholeTensor> tensors() {
   std::vector<WholeTensor> list;
-  for (int i = 0; i < dtype_count; ++i) {
+  for (int i = 0; i < safetensors_dtype_count; ++i) {
     auto const dtype = static_cast<DType>(i);
     list.push_back(made_tensor("model.dtypes." + std::string{to_string(dtype)}, dtype, {5, 8}));
   }

@@ -26,6 +26,7 @@
 #include <dcp/plan/compare.hpp>
 
 #include <algorithm>
+#include <list>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -90,6 +91,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
       Comparison comparison;
       std::optional<Shares> shares;   // who reads what of replicas, where they share
       ReadPlan reads;
+      std::list<CatalogTensor> located;   // of what this rank reads, where the catalog does not know where in an archive it lies
     };
     Plan plan = agree(comm, "load: plan", [&] {
       Plan result;
@@ -107,14 +109,37 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
       if (settings.read_once) result.shares.emplace(agreed.tensors, comm.size());
       result.reads.transfers.reserve(agreed.tensors.size());
       result.reads.purposes.reserve(agreed.tensors.size());
+      auto const boxes_to_read = [&](std::size_t t, auto visit) {
+        TensorEntry const& local = *agreed.local_tensors[t]->tensor;
+        if (result.shares) for_each_shared_box(agreed.tensors[t], t, *result.shares, comm.rank(), local.memory, visit);
+        else for_each_held_box(held_part(local.layout, comm.rank()), local.dtype, local.memory, visit);
+      };
+      std::vector<CatalogTensor const*> stored(agreed.tensors.size(), nullptr);
+      std::vector<CatalogTensor*> to_locate;
       for (std::size_t t = 0; t < agreed.tensors.size(); ++t) {
         WantedTensor const& wanted = result.comparison.tensors[t];
-        StateEntry const* local = agreed.local_tensors[t];
-        if (wanted.how != WantedTensor::How::load || local == nullptr) continue;
-        auto const add = [&](Box const& held, MemoryView const& memory) { plan_reads(*wanted.stored, local->tensor->dtype, held, memory, !wanted.shared, settings.verify == Verify::full, result.reads); };
-        if (result.shares) for_each_shared_box(agreed.tensors[t], t, *result.shares, comm.rank(), local->tensor->memory, add);
-        else for_each_held_box(held_part(local->tensor->layout, comm.rank()), local->tensor->dtype, local->tensor->memory, add);
+        if (wanted.how != WantedTensor::How::load || agreed.local_tensors[t] == nullptr) continue;
+        stored[t] = wanted.stored;
+        auto const lies_in_archives = [](std::vector<StoredPiece> const& pieces) { return std::any_of(pieces.begin(), pieces.end(), [](StoredPiece const& piece) { return piece.container_bytes != 0; }); };
+        if (!lies_in_archives(wanted.stored->pieces)) continue;
+        std::vector<Box> boxes;
+        boxes_to_read(t, [&](Box const& box, MemoryView const&) { boxes.push_back(box); });
+        CatalogTensor& mine = result.located.emplace_back(*wanted.stored);
+        auto const unwanted = [&](StoredPiece const& piece) {
+          Box common;
+          return std::none_of(boxes.begin(), boxes.end(), [&](Box const& box) { return intersect(box, piece.box, common); });
+        };
+        std::erase_if(mine.pieces, unwanted);
+        std::erase_if(mine.copies, unwanted);
+        to_locate.push_back(&mine);
+        stored[t] = &mine;
       }
+      if (!to_locate.empty()) storage.locate(medium, opened.directory, catalog, to_locate);
+      for (std::size_t t = 0; t < agreed.tensors.size(); ++t)
+        if (stored[t] != nullptr)
+          boxes_to_read(t, [&](Box const& box, MemoryView const& memory) {
+            plan_reads(*stored[t], agreed.local_tensors[t]->tensor->dtype, box, memory, !result.comparison.tensors[t].shared, settings.verify == Verify::full, result.reads);
+          });
       return result;
     });
 

@@ -104,6 +104,7 @@ Bytes encode(Scan const& scan) {
   for (auto const& warning : scan.warnings) out.text(warning);
   out.number<std::uint64_t>(scan.texts.size());
   for (auto const& [name, text] : scan.texts) out.text(name).text(text);
+  out.number(scan.foreign);
   return out.take();
 }
 template <class = Deferred>
@@ -120,6 +121,7 @@ Scan decode_scan(ByteReader in) {
     std::string name = in.text();
     scan.texts.emplace_back(std::move(name), in.text());
   }
+  scan.foreign = in.number<bool>();
   return scan;
 }
 
@@ -269,6 +271,7 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
     Scan scan = storage.scan(medium, located.directory, located.record ? &*located.record : nullptr);
     append(located.warnings, scan.warnings);
     scan.warnings = std::move(located.warnings);
+    scan.foreign = !located.record;
     if (located.has_values) parsed = std::move(located.record);
     out.number(located.record_bytes.size() > 0).block(located.record_bytes).block(large).block(encode(scan)).text(located.record_directory);
     return out.take();
@@ -309,10 +312,10 @@ OpenedCheckpoint open_checkpoint(CommRef comm, AnyStorage const& storage, AnyMed
       if (listed != nullptr) {
         file = medium.open_read(path);
         require_size(*file, path, listed->size);
-        if (verify != Verify::none && listed->chunks() > 0) check(0);   // before a byte of it is believed
+        if (verify != Verify::none && listed->chunks() > 0 && storage.files_have_headers()) check(0);   // before a byte of it is believed
       }
       FoundFile found = storage.read_header(medium, scan, scan.files[f]);
-      if (listed != nullptr && listed->summed && verify != Verify::none) {
+      if (listed != nullptr && listed->summed && verify != Verify::none && storage.files_have_headers()) {
         std::uint64_t header_end = found.size;
         for (auto const& tensor : found.tensors) header_end = std::min(header_end, tensor.offset);
         for (std::uint64_t chunk = 1; chunk * chunk_bytes < header_end; ++chunk) check(chunk);

@@ -11,6 +11,7 @@
 
 #include <dcp/base/algorithms.hpp>
 #include <dcp/base/config.hpp>
+#include <dcp/base/crc32.hpp>
 #include <dcp/base/threading.hpp>
 #include <dcp/checkpoint/checksums.hpp>
 #include <dcp/checkpoint/open.hpp>
@@ -57,7 +58,7 @@ class Reader {
 
   /// `loaded`: per file, the ranges of all tensors that ranks load, sorted
   Reader(CommRef comm, AnyMedium& medium, OpenedCheckpoint& opened, ReadPlan plan, std::vector<std::vector<FileRange>> loaded, LoadSettings const& settings, Stopwatch& watch)
-      : comm_{comm}, medium_{medium}, opened_{opened}, loaded_{std::move(loaded)}, purposes_{std::move(plan.purposes)}, decodes_{std::move(plan.decodes)}, settings_{settings}, budget_{Budget::of(settings.memory_bytes, settings.threads)}, watch_{watch} {
+      : comm_{comm}, medium_{medium}, opened_{opened}, loaded_{std::move(loaded)}, purposes_{std::move(plan.purposes)}, decodes_{std::move(plan.decodes)}, records_{std::move(plan.records)}, settings_{settings}, budget_{Budget::of(settings.memory_bytes, settings.threads)}, watch_{watch} {
     for (std::uint32_t i = 0; i < plan.transfers.size(); ++i) plan.transfers[i].tensor = i;   // to find its purpose after sorting
     index_ = TransferIndex{std::move(plan.transfers)};
     files_.resize(opened.catalog.files.size());
@@ -110,6 +111,7 @@ class Reader {
         read_tile(tiles[t], buffers[thread], scratch[thread]);
       });
     workers.finish(alive);
+    verify_records(workers, alive);
     watch_.here().bytes += done_;
     watch_.here().operations += operations_;
     if (settings_.progress) settings_.progress({"read", total, total});
@@ -180,6 +182,40 @@ class Reader {
     index_.for_each_in(f, window, [&](std::uint32_t t, std::int64_t from, std::int64_t to) { needed += bytes_of(index_[t].dtype, to - from); });
     std::uint64_t const end = std::min(window.end, opened_.catalog.files[f].size);
     if (needed * 4 >= end - window.begin) file(f).will_read(window.begin, end);
+  }
+
+  // Compares CRC-32s of records, where there is no commit record, with what has come to memory; or, where that is not all of one, with the record read once more.
+  template <class Alive>
+  void verify_records(Workers<>& workers, Alive alive) {
+    if (opened_.record || settings_.verify == Verify::none) return;
+    auto const compare = [this](std::uint32_t crc, std::uint32_t expected, std::uint32_t f, std::uint64_t begin, std::uint64_t end) {
+      if (crc != expected) throw Error{ErrorCode::corrupt, "a record of an archive does not have the CRC-32 that was written with it; it holds " + tensors_in({begin, end}, f)}.with_path(path(f)).with_range(begin, end);
+    };
+    for (std::uint32_t t = 0; t < index_.transfers().size(); ++t)
+      if (auto const expected = purposes_[index_[t].tensor].crc32)
+        workers.submit([this, compare, t, expected](std::size_t) {
+          Transfer const& transfer = index_[t];
+          std::uint32_t crc = 0;
+          transfer.for_each_run(transfer.begin, transfer.end, [&](std::uint64_t, std::byte const* memory, std::size_t bytes) { crc = crc32({memory, bytes}, crc); });
+          compare(crc, *expected, transfer.file, transfer.file_begin(), transfer.file_end());
+          std::lock_guard const lock{mutex_};
+          verified_bytes += transfer.bytes();
+          unverified_bytes -= transfer.bytes();
+        });
+    for (auto const& record : records_)
+      workers.submit([this, compare, &record](std::size_t) {
+        constexpr std::uint64_t piece = 1 << 20;
+        Bytes buffer(static_cast<std::size_t>(std::min(piece, record.bytes)));
+        std::uint32_t crc = 0;
+        for (std::uint64_t at = 0; at < record.bytes; at += piece) {
+          ByteSpan const part{buffer.data(), static_cast<std::size_t>(std::min(piece, record.bytes - at))};
+          file(record.file).read_at(record.offset + at, part);
+          crc = crc32(part, crc);
+        }
+        compare(crc, record.crc32, record.file, record.offset, record.offset + record.bytes);
+        verification_bytes += record.bytes;
+      });
+    workers.finish(alive);
   }
 
   void read_window(std::uint32_t f, FileRange window, AlignedBuffer& buffer, bool compare) {
@@ -577,6 +613,7 @@ class Reader {
   std::vector<std::vector<FileRange>> loaded_;
   std::vector<ReadPurpose> purposes_;
   std::vector<Decode> decodes_;
+  std::vector<SummedRecord> records_;
   LoadSettings const& settings_;
   Budget budget_;
   Stopwatch& watch_;

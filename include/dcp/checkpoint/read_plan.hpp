@@ -7,6 +7,7 @@
 #include <dcp/plan/transfer.hpp>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -17,6 +18,13 @@ namespace dcp::detail {
 struct ReadPurpose {
   bool counts = true;      // false where two entries read one stored tensor: its bytes can be added up for one of them only
   bool compare = false;    // a piece stored twice: compared with what memory holds, not written to it
+  std::optional<std::uint32_t> crc32{};   // of all its bytes, where they are a record whose CRC-32 is known
+};
+/// A record with a CRC-32 that no transfer has all bytes of as they are.
+struct SummedRecord {
+  std::uint32_t file;
+  std::uint64_t offset, bytes;
+  std::uint32_t crc32;
 };
 
 /// A box of a tensor that is to be decoded into memory.
@@ -32,6 +40,7 @@ struct ReadPlan {
   std::vector<Transfer> transfers;
   std::vector<ReadPurpose> purposes;
   std::vector<Decode> decodes;
+  std::vector<SummedRecord> records;   // to be read for their CRC-32, where everything is to be verified
 };
 
 /// Calls visit(dtype, piece) for everything that a tensor is stored as.
@@ -43,20 +52,31 @@ void for_each_stored_piece(CatalogTensor const& tensor, Visit visit) {
 }
 
 /// The transfers that fill `held` of a tensor from its stored pieces, or what decodes it. Where pieces overlap, the first fills and the others are compared;
-/// `copies`: so are those that are stored twice.
+/// `all`: so are those that are stored twice, and everything is verified.
 template <class = Deferred>
-void plan_reads(CatalogTensor const& stored, DType memory_dtype, Box const& held, MemoryView const& memory, bool counts, bool copies, ReadPlan& plan) {
+void plan_reads(CatalogTensor const& stored, DType memory_dtype, Box const& held, MemoryView const& memory, bool counts, bool all, ReadPlan& plan) {
   auto const add = [&](StoredPiece const& piece, Box const& part, bool compare) {
     if (!on_byte_boundaries(stored.dtype, part, piece.box))
       throw Error{ErrorCode::misaligned, stored.name + ": the part " + to_string(part) + " of " + std::string{to_string(stored.dtype)} + " elements does not begin and end on a byte"};
+    if (piece.decoded != nullptr) {
+      if (compare) return;   // it would have to be decoded to memory of its own
+      Box inside = part;
+      std::int64_t at = 0;
+      for (int d = 0; d < part.rank(); ++d) inside.origin[d] -= piece.box.origin[d], at += (part.origin[d] - held.origin[d]) * memory.strides[d];
+      plan.decodes.push_back({piece.decoded.get(), inside, memory_dtype, {memory.data + static_cast<std::ptrdiff_t>(bytes_of(memory_dtype, at)), memory.strides}, counts});
+      if (all && piece.crc32) plan.records.push_back({piece.file, piece.offset, piece.container_bytes, *piece.crc32});
+      return;
+    }
     Transfer transfer = make_transfer(stored.dtype, memory_dtype, part, held, memory, piece.box, piece.offset);
     transfer.file = piece.file;
+    bool const whole = piece.crc32 && !compare && stored.dtype == memory_dtype && part == piece.box;
     plan.transfers.push_back(transfer);
-    plan.purposes.push_back({counts, compare});
+    plan.purposes.push_back({counts, compare, whole ? piece.crc32 : std::nullopt});
+    if (all && piece.crc32 && !whole) plan.records.push_back({piece.file, piece.offset, bytes_of(stored.dtype, static_cast<std::int64_t>(piece.box.size())), *piece.crc32});
   };
   if (held.empty()) return;
   if (stored.encoding != nullptr) return plan.decodes.push_back({&stored, held, memory_dtype, memory, counts});
-  if (copies) {
+  if (all) {
     Box part;
     for (auto const& copy : stored.copies)
       if (intersect(held, copy.box, part)) add(copy, part, true);

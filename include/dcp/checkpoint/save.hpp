@@ -13,6 +13,7 @@
 
 #include <dcp/base/algorithms.hpp>
 #include <dcp/base/config.hpp>
+#include <dcp/base/crc32.hpp>
 #include <dcp/base/threading.hpp>
 #include <dcp/checkpoint/agreement.hpp>
 #include <dcp/checkpoint/options.hpp>
@@ -102,13 +103,31 @@ void compare_replicas(CommRef comm, AgreedState const& state) {
   }
 }
 
-/// This rank's part of what is stored. `recoding`: nullptr where all is stored as it is.
+/// The bytes of a CrcLiteral, with the CRC-32 of what memory holds when they are asked for. That is once a save, or twice where a window ends among them.
+class CrcSource final : public ElementSource {
+ public:
+  CrcSource(CrcLiteral const& literal, std::vector<Transfer> data) : literal_{literal}, data_{std::move(data)} {}
+  void produce(std::int64_t first, std::int64_t count, std::byte* out) const override {
+    std::uint32_t crc = 0;
+    for (auto const& transfer : data_) transfer.for_each_run(transfer.begin, transfer.end, [&](std::uint64_t, std::byte const* memory, std::size_t bytes) { crc = crc32({memory, bytes}, crc); });
+    Bytes bytes = literal_.bytes;
+    for (auto const at : literal_.at) std::memcpy(bytes.data() + at, &crc, sizeof crc);
+    std::memcpy(out, bytes.data() + first, static_cast<std::size_t>(count));
+  }
+
+ private:
+  CrcLiteral const& literal_;   // of the file plan
+  std::vector<Transfer> data_;  // of the stored box, in the order of the file
+};
+
+/// This rank's part of what is stored. `recoding`: nullptr where all is stored as it is. `sources`: what the transfers refer to.
 template <class = Deferred>
-std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& shares, FilePlan const& plan, Recoding const* recoding, std::int64_t rank, std::int64_t ranks) {
+std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& shares, FilePlan const& plan, Recoding const* recoding, std::int64_t rank, std::int64_t ranks, std::vector<std::unique_ptr<ElementSource>>& sources) {
   std::vector<Transfer> transfers;
   std::size_t headers = 0;
   for (auto const& file : plan.files) headers += file.literals.size();
-  transfers.reserve(plan.stored.size() + headers);
+  transfers.reserve(plan.stored.size() + headers + plan.crc_literals.size());
+  std::size_t next_crc = 0;
   // Most tensors of a model have one of a few layouts.
   struct Here {
     bool known = false;
@@ -159,7 +178,13 @@ std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& 
     };
     MemoryView const& memory = entry->tensor->memory;
     if (only_mine) {
+      std::size_t const before = transfers.size();
       for_each_held_box(held, tensor.dtype, memory, add);
+      auto const number = static_cast<std::size_t>(&stored - plan.stored.data());
+      if (next_crc == plan.crc_literals.size() || plan.crc_literals[next_crc].stored != number) continue;
+      CrcLiteral const& literal = plan.crc_literals[next_crc++];
+      sources.push_back(std::make_unique<CrcSource>(literal, std::vector<Transfer>(transfers.begin() + static_cast<std::ptrdiff_t>(before), transfers.end())));
+      append_bytes(stored.file, literal.offset, literal.bytes, transfers).source = sources.back().get();
       continue;
     }
     CellRange const range = shares.range_of(t, *here.coordinate, held);
@@ -277,7 +302,9 @@ struct PlannedState {
   /// The writes of `rank`. Keeps references to `state` and to this.
   template <class = Deferred>
   SavePlan writes(AgreedState const& state, std::int64_t rank, std::int64_t ranks, SavePlan::Options const& options) const {
-    return {state.tensors, shares, files, transfers_to_save(state, shares, files, recoding.get(), rank, ranks), rank, ranks, options, recoding ? &recoding->forms() : nullptr};
+    std::vector<std::unique_ptr<ElementSource>> sources;
+    std::vector<Transfer> transfers = transfers_to_save(state, shares, files, recoding.get(), rank, ranks, sources);
+    return {state.tensors, shares, files, std::move(transfers), rank, ranks, options, recoding ? &recoding->forms() : nullptr, std::move(sources)};
   }
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-// Element types: the 22 of safetensors, the C++ types that stand for them, and the small floats that C++ lacks.
+// Element types: the 22 of safetensors and two more of PyTorch, the C++ types that stand for them, and the small floats that C++ lacks.
 
 #include <dcp/base/bytes.hpp>
 
@@ -14,11 +14,12 @@
 
 namespace dcp {
 
-/// In the order in which the safetensors writer ranks them, low to high (a file holds the highest first).
-/// Source    safetensors crate 0.8, enum Dtype
+/// Those of safetensors in the order in which its writer ranks them, low to high (a file holds the highest first); then those that it lacks.
+/// Source    safetensors crate 0.8, enum Dtype; torch.complex32 and torch.complex128
 enum class DType : std::uint8_t {
   boolean, f4, f6_e2m3, f6_e3m2, u8, i8, f8_e5m2, f8_e4m3, f8_e8m0, f8_e4m3fnuz, f8_e5m2fnuz,
   i16, u16, f16, bf16, i32, u32, f32, c64, f64, i64, u64,
+  c32, c128,
 };
 
 namespace detail {
@@ -26,13 +27,14 @@ struct DTypeFacts {
   std::string_view name;
   int bits;
 };
-inline constexpr std::array<DTypeFacts, 22> dtype_facts{{
+inline constexpr std::array<DTypeFacts, 24> dtype_facts{{
     {"BOOL", 8}, {"F4", 4}, {"F6_E2M3", 6}, {"F6_E3M2", 6}, {"U8", 8}, {"I8", 8}, {"F8_E5M2", 8}, {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"F8_E4M3FNUZ", 8}, {"F8_E5M2FNUZ", 8},
     {"I16", 16}, {"U16", 16}, {"F16", 16}, {"BF16", 16}, {"I32", 32}, {"U32", 32}, {"F32", 32}, {"C64", 64}, {"F64", 64}, {"I64", 64}, {"U64", 64},
+    {"C32", 32}, {"C128", 128},
 }};
 }  // namespace detail
 
-inline constexpr int dtype_count = 22;
+inline constexpr int dtype_count = 24, safetensors_dtype_count = 22;
 constexpr std::string_view to_string(DType dtype) { return detail::dtype_facts[static_cast<std::size_t>(dtype)].name; }
 constexpr int bits_of(DType dtype) { return detail::dtype_facts[static_cast<std::size_t>(dtype)].bits; }
 inline std::ostream& operator<<(std::ostream& out, DType dtype) { return out << to_string(dtype); }
@@ -40,7 +42,10 @@ inline std::ostream& operator<<(std::ostream& out, DType dtype) { return out << 
 /// Whether a tensor's values, and not codes for some, are held as this: the floats of two bytes and more.
 constexpr bool is_wide_float(DType dtype) { return dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16 || dtype == DType::f64; }
 
-/// The dtype with this safetensors name (case matters); false if there is none.
+/// Whether safetensors has it.
+constexpr bool in_safetensors(DType dtype) { return static_cast<int>(dtype) < safetensors_dtype_count; }
+
+/// The dtype with this name, as safetensors spells it or would (case matters); false if there is none.
 constexpr bool parse_dtype(std::string_view name, DType& dtype) {
   for (int i = 0; i < dtype_count; ++i)
     if (detail::dtype_facts[static_cast<std::size_t>(i)].name == name) return dtype = static_cast<DType>(i), true;
@@ -149,6 +154,11 @@ class f8_e8m0 {
 struct f4 {};        // E2M1; the even element of a pair lies in the low four bits, as every known producer packs it
 struct f6_e2m3 {};
 struct f6_e3m2 {};
+/// A complex number of two halves, torch.complex32.
+struct complex_f16 {
+  f16 real, imag;
+  friend constexpr bool operator==(complex_f16 const&, complex_f16 const&) = default;
+};
 
 namespace detail {
 template <class T>
@@ -167,6 +177,8 @@ constexpr int dtype_index() {
   else if constexpr (std::is_same_v<T, float>) return static_cast<int>(DType::f32);
   else if constexpr (std::is_same_v<T, double>) return static_cast<int>(DType::f64);
   else if constexpr (std::is_same_v<T, std::complex<float>>) return static_cast<int>(DType::c64);
+  else if constexpr (std::is_same_v<T, std::complex<double>>) return static_cast<int>(DType::c128);
+  else if constexpr (std::is_same_v<T, complex_f16>) return static_cast<int>(DType::c32);
   else if constexpr (std::is_same_v<T, std::byte>) return static_cast<int>(DType::u8);
   else if constexpr (std::is_integral_v<T>) {
     constexpr std::array<DType, 4> with_sign{DType::i8, DType::i16, DType::i32, DType::i64}, without{DType::u8, DType::u16, DType::u32, DType::u64};
@@ -181,7 +193,7 @@ constexpr int dtype_index() {
 template <class T>
 inline constexpr bool is_element = detail::dtype_index<std::remove_cv_t<T>>() >= 0;
 
-/// The dtype of element type `T`: bool, the fixed-width integers, float, double, std::complex<float>, std::byte (as U8), and the
+/// The dtype of element type `T`: bool, the fixed-width integers, float, double, std::complex of both, std::byte (as U8), and the
 /// types of this header.
 template <class T>
 inline constexpr DType dtype_of = static_cast<DType>(detail::dtype_index<std::remove_cv_t<T>>());

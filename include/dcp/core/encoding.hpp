@@ -140,6 +140,9 @@ class Encoding {
   /// Throws    Error(quant_mismatch) for codes and scales that the scheme does not have
   virtual void decode(Box const& box, std::span<PartBytes const> parts, DType dtype, MemoryView const& memory) const = 0;
 
+  /// Whether any box needs all of the parts, and much work on them: it is then decoded at once, in memory that holds them.
+  virtual bool whole() const { return false; }
+
   /// A dimension along which every box needs as much of the other parts as the whole does, so that it is cut last; -1: none.
   virtual int dimension_to_keep() const { return -1; }
 
@@ -169,6 +172,7 @@ template <class Visit>
 void for_each_tile(Encoding const& encoding, Box const& box, std::int64_t most_elements, Visit visit) {
   int const rank = box.rank();
   if (box.empty()) return;
+  if (encoding.whole()) return static_cast<void>(visit(box));
   // The dimensions, outermost in storage first, and what a cut must be a multiple of.
   std::vector<int> order;
   Extents grain = Extents::filled(rank, 1), codes = grain;

@@ -114,9 +114,9 @@ bool parse_bits(std::string_view text, std::size_t digits, std::uint64_t& bits) 
 template <class = Deferred>
 [[noreturn]] void bad_record(std::string what) { throw Error{ErrorCode::bad_schema, std::move(what)}; }   // parse_record says of what
 
-// Whoever can write a record must not thereby make others read outside the checkpoint.
+// Whoever can write a record, or another list of files, must not thereby make others read outside the checkpoint.
 template <class = Deferred>
-void require_inside(std::string const& path) {
+void require_inside(std::string const& path, std::string const& list = "the commit record") {
   bool safe = !path.empty() && path.find('\0') == std::string::npos && path.find('\\') == std::string::npos;
   for (std::size_t at = 0; safe && at <= path.size();) {
     auto const slash = std::min(path.find('/', at), path.size());
@@ -124,7 +124,7 @@ void require_inside(std::string const& path) {
     safe = !part.empty() && part != "." && part != "..";
     at = slash + 1;
   }
-  if (!safe) throw Error{ErrorCode::unsafe_path, "the commit record lists " + json_quoted(path) + ", which does not stay inside the checkpoint"};
+  if (!safe) throw Error{ErrorCode::unsafe_path, list + " lists " + json_quoted(path) + ", which does not stay inside the checkpoint"};
 }
 
 template <class = Deferred>

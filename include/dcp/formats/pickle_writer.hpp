@@ -52,6 +52,12 @@ class Writer {
     if (value <= INT64_MAX) return integer(static_cast<std::int64_t>(value));
     return byte(detail::op::long1).byte(9).number(value).byte(0);
   }
+  /// An integer of up to 255 bytes: two's complement, little-endian. Throws Error(limit).
+  template <class = Deferred>
+  Writer& large_integer(ConstByteSpan digits) {
+    if (digits.size() > 255) throw Error{ErrorCode::limit, "an integer of " + std::to_string(digits.size()) + " bytes cannot be written into a pickle"};
+    return byte(detail::op::long1).byte(static_cast<unsigned char>(digits.size())).raw(as_text(digits));
+  }
   Writer& real(double value) { return byte(detail::op::binfloat).number(__builtin_bswap64(std::bit_cast<std::uint64_t>(value))); }
 
   /// Throws    Error(bad_utf8), Error(limit) from 4 GiB
@@ -113,7 +119,7 @@ class Writer {
   /// A tuple of integers, in its shortest form.
   template <class Range>
   Writer& size_tuple(Range const& sizes) {
-    auto const count = std::size(sizes);
+    auto const count = static_cast<std::size_t>(sizes.end() - sizes.begin());
     if (count == 0) return empty_tuple();
     if (count > 3) mark();
     for (auto const size : sizes) integer(static_cast<std::int64_t>(size));

@@ -109,9 +109,12 @@ void check_span(std::string_view name, DType dtype, std::span<std::int64_t const
 /// Bytes of a tensor in a file.
 ///
 /// Throws    Error(overflow) if the bits of the tensor, zero dimensions left out, do not fit into 64 bits; Error(misaligned) if
-///           elements smaller than a byte do not fill whole bytes
+///           elements smaller than a byte do not fill whole bytes; Error(unsupported_dtype)
 template <class = Deferred>
-std::uint64_t tensor_bytes(DType dtype, Extents const& shape) { return detail::checked_bytes(dtype, {shape.begin(), shape.end()}); }
+std::uint64_t tensor_bytes(DType dtype, Extents const& shape) {
+  if (!in_safetensors(dtype)) throw Error{ErrorCode::unsupported_dtype, "safetensors has no tensors of " + std::string{to_string(dtype)}};
+  return detail::checked_bytes(dtype, {shape.begin(), shape.end()});
+}
 
 /// N, the length of the header text of a file of `file_size` bytes that starts with `first8` (all there is, if the file is shorter).
 ///

@@ -138,7 +138,7 @@ class HeaderReader : public JsonReader<HeaderReader> {
       case Place::tensor:
         if (field_ == unknown) return;
         if (field_ != dtype || scalar.kind != JsonKind::string) return wrong(std::string{"has a "} + field_name() + " that is " + kind());
-        if (scalar.text != to_string(last_dtype_) && !parse_dtype(scalar.text, last_dtype_))
+        if (scalar.text != to_string(last_dtype_) && !(parse_dtype(scalar.text, last_dtype_) && in_safetensors(last_dtype_)))
           return fault(ErrorCode::unsupported_dtype, tensor_called(name(tensor_)) + " has the unknown dtype " + shown(scalar.text));
         tensor_.dtype = last_dtype_;
         return;

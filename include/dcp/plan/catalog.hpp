@@ -14,6 +14,7 @@
 #include <compare>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <string_view>
@@ -30,6 +31,7 @@ struct FoundTensor {
   std::uint64_t offset = 0; // in the file, in bytes
   Extents origin;           // of the piece in the global tensor; all 0 for a whole one
   Bytes content{};          // of a small tensor that must be known before anything can be planned
+  std::uint64_t container_bytes = 0;   // as of a StoredPiece
 };
 /// What the header of one file says.
 struct FoundFile {
@@ -46,10 +48,14 @@ struct CatalogFile {
   std::string path;
   std::uint64_t size = 0, version = 0;
 };
+struct CatalogTensor;
 struct StoredPiece {
   std::uint32_t file;
   std::uint64_t offset;
   Box box;
+  std::uint64_t container_bytes = 0;                        // of the archive at `offset` that holds the piece, until it has been looked for there
+  std::optional<std::uint32_t> crc32{};                     // of the piece's bytes
+  std::shared_ptr<CatalogTensor const> decoded{};           // of a piece that does not lie there as it is: itself as a tensor
 };
 struct CatalogTensor {
   std::string name;
@@ -108,7 +114,7 @@ Bytes encode(FoundFile const& file) {
   for (auto const& t : file.tensors) {
     out.text(t.name).number(t.dtype).number(t.offset).number(t.shape.rank());
     for (int d = 0; d < t.shape.rank(); ++d) out.number(t.shape[d]).number(t.origin[d]);
-    out.block(t.content);
+    out.block(t.content).number(t.container_bytes);
   }
   out.number<std::uint64_t>(file.ties.size());
   for (auto const& tie : file.ties) out.text(tie.dropped).text(tie.kept);
@@ -128,6 +134,7 @@ FoundFile decode_found_file(ConstByteSpan bytes) {
     for (int d = 0; d < t.shape.rank(); ++d) t.shape[d] = in.number<std::int64_t>(), t.origin[d] = in.number<std::int64_t>();
     auto const content = in.block();
     t.content.assign(content.begin(), content.end());
+    t.container_bytes = in.number<std::uint64_t>();
   }
   for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
     Tie& tie = file.ties.emplace_back();
@@ -274,7 +281,7 @@ Catalog assemble(std::vector<FoundFile> found) {
           }
         }
         Box const box{piece.origin, piece.shape};
-        tensor.pieces.push_back({all[next].file, piece.offset, box});
+        tensor.pieces.push_back({all[next].file, piece.offset, box, piece.container_bytes, {}, {}});
         if (next == i && (i + 1 == all.size() || all[i + 1].tensor->name != first.name)) continue;   // the only piece, as most are
         if (auto const [same, fresh] = distinct.insert(tensor.pieces.size() - 1); !fresh) {
           // An empty piece holds nothing, so it may stand twice.

@@ -21,6 +21,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -53,11 +54,19 @@ struct StoredBox {
   std::uint64_t offset;
   Box box;
 };
+/// Bytes of a file of one rank that say which CRC-32 something stored beside them has: made when they are written.
+struct CrcLiteral {
+  std::uint32_t stored;              // index into the stored boxes, none of them empty
+  std::uint64_t offset;              // in the same file
+  Bytes bytes;
+  std::vector<std::uint32_t> at;     // where in them the CRC-32 of the box's bytes belongs: four bytes, little-endian
+};
 /// What a format makes of a list of tensors: pure, and equal on all ranks for files that ranks share, but for texts, which only the
 /// rank needs that writes them. A file of one rank is listed on that rank only.
 struct FilePlan {
   std::vector<PlannedFile> files;
   std::vector<StoredBox> stored;                               // sorted by (file, offset)
+  std::vector<CrcLiteral> crc_literals;                        // sorted by the stored box
   std::vector<std::pair<std::string, Bytes>> commit_files;     // small files that rank 0 writes at the commit
 
   template <class = Deferred>
@@ -65,6 +74,7 @@ struct FilePlan {
     std::uint64_t bytes = files.capacity() * sizeof(PlannedFile) + stored.capacity() * sizeof(StoredBox);
     for (auto const& file : files)
       for (auto const& literal : file.literals) bytes += sizeof(Literal) + literal.bytes.capacity();
+    for (auto const& literal : crc_literals) bytes += sizeof(CrcLiteral) + literal.bytes.capacity() + literal.at.capacity() * sizeof(std::uint32_t);
     for (auto const& [path, text] : commit_files) bytes += text.capacity();
     return bytes;
   }
@@ -73,22 +83,26 @@ struct FilePlan {
 /// The rank that writes the literals of a file which ranks share, by the file's number; others need not have them.
 constexpr std::int64_t header_writer(std::uint32_t file, std::int64_t ranks) { return static_cast<std::int64_t>(file) % ranks; }
 
+/// Appends the write of bytes that are no tensor's.
+template <class = Deferred>
+Transfer& append_bytes(std::uint32_t file, std::uint64_t offset, ConstByteSpan bytes, std::vector<Transfer>& transfers) {
+  Transfer& transfer = transfers.emplace_back();
+  transfer.file = file;
+  transfer.dtype = transfer.memory_dtype = DType::u8;
+  transfer.offset = offset;
+  transfer.shape = Extents{static_cast<std::int64_t>(bytes.size())};
+  transfer.file_strides = transfer.memory.strides = Extents{1};
+  transfer.memory.data = const_cast<std::byte*>(bytes.data());   // only ever read
+  transfer.end = static_cast<std::int64_t>(bytes.size());
+  return transfer;
+}
 /// Appends the writes of file `f`'s literals, if `rank` is the one to write them.
 template <class = Deferred>
 void append_literals(FilePlan const& plan, std::uint32_t f, std::int64_t rank, std::int64_t ranks, std::vector<Transfer>& transfers) {
   PlannedFile const& file = plan.files[f];
   if ((file.only_rank >= 0 ? file.only_rank : header_writer(f, ranks)) != rank) return;
-  for (auto const& literal : file.literals) {
-    if (literal.bytes.empty()) continue;
-    Transfer& transfer = transfers.emplace_back();
-    transfer.file = f;
-    transfer.dtype = transfer.memory_dtype = DType::u8;
-    transfer.offset = literal.offset;
-    transfer.shape = Extents{static_cast<std::int64_t>(literal.bytes.size())};
-    transfer.file_strides = transfer.memory.strides = Extents{1};
-    transfer.memory.data = const_cast<std::byte*>(literal.bytes.data());   // only ever read
-    transfer.end = static_cast<std::int64_t>(literal.bytes.size());
-  }
+  for (auto const& literal : file.literals)
+    if (!literal.bytes.empty()) append_bytes(f, literal.offset, literal.bytes, transfers);
 }
 
 /// For jobs of more ranks than may open one file: who owns which part of the files that ranks share.
@@ -192,9 +206,10 @@ class SavePlan {
 
   /// `transfers`: what `rank` holds of the stored boxes (its shares) and of literals, in any order; fastest in that of the files.
   /// `forms`: what the stored boxes are of, where something is encoded; it must outlive the plan, as must `tensors`, `shares` and `files`.
+  /// `sources`: what transfers refer to and nobody else keeps
   template <class = Deferred>
-  SavePlan(std::vector<TensorSpec> const& tensors, Shares const& shares, FilePlan const& files, std::vector<Transfer> transfers, std::int64_t rank, std::int64_t ranks, Options options, std::vector<StoredForm> const* forms = nullptr)
-      : tensors_{tensors}, shares_{shares}, files_{files}, forms_{forms}, rank_{rank}, ranks_{ranks}, options_{options} {
+  SavePlan(std::vector<TensorSpec> const& tensors, Shares const& shares, FilePlan const& files, std::vector<Transfer> transfers, std::int64_t rank, std::int64_t ranks, Options options, std::vector<StoredForm> const* forms = nullptr, std::vector<std::unique_ptr<ElementSource>> sources = {})
+      : tensors_{tensors}, shares_{shares}, files_{files}, forms_{forms}, rank_{rank}, ranks_{ranks}, options_{options}, sources_{std::move(sources)} {
     index_ = TransferIndex{std::move(transfers)};
     if (ranks > options.writers_per_file) slots_ = {files.files, ranks, options.writers_per_file, options.block_bytes, options.forwarded_bytes};
     if (!slots_.empty()) return;
@@ -405,6 +420,7 @@ class SavePlan {
   std::vector<bool> in_long_runs_;     // of each stored box, there
   std::int64_t rank_, ranks_;
   Options options_;
+  std::vector<std::unique_ptr<ElementSource>> sources_;
 };
 
 /// The files that ranks share, in windows of at most `bytes` bytes, in the order in which all ranks go through them: file by file where

@@ -11,6 +11,7 @@
 #include <dcp/formats/hf_index.hpp>
 #include <dcp/formats/safetensors_header.hpp>
 #include <dcp/media/local_fs.hpp>
+#include <dcp/storage/pieces.hpp>
 #include <dcp/storage/storage.hpp>
 
 #include <algorithm>
@@ -422,21 +423,6 @@ class SafeTensorsDriver final : public AnyStorage {
     return plan;
   }
 
-  // The rows of this rank's share of its cell. Shares cut between elements; here both ends move up to the next whole row.
-  static Box rows_of_share(Box const& cell, CellRange range) {
-    if (cell.rank() == 0) return range.begin < range.end ? cell : nothing_of(cell.shape);
-    int outer = 0;
-    while (outer + 1 < cell.rank() && cell.shape[outer] == 1) ++outer;
-    std::int64_t row = 1;
-    for (int d = outer + 1; d < cell.rank(); ++d) row *= cell.shape[d];
-    if (row == 0) return nothing_of(cell.shape);
-    Box box = cell;
-    std::int64_t const from = ceil_div(range.begin, row), to = ceil_div(range.end, row);
-    box.origin[outer] += from;
-    box.shape[outer] = to - from;
-    return box;
-  }
-
   FilePlan plan_sharded(SaveRequest const& request, Targets const& targets) const {
     struct Piece {
       std::uint32_t tensor;
@@ -445,23 +431,8 @@ class SafeTensorsDriver final : public AnyStorage {
     // A flat shard is several boxes of one name, and a file holds a name once: they go to as many files.
     std::map<std::tuple<std::string, int, int>, std::vector<Piece>> members;
     for (std::uint32_t t = 0; t < targets.of.size(); ++t) {
-      Layout const& layout = request.tensors[t].layout;
-      auto const coordinate = layout.mesh.coordinate_of(request.rank);
-      if (!coordinate) continue;
-      bool const first = layout.mesh.rank_at(MeshGeometry::Coordinate{}) == request.rank;
       int pieces = 0;
-      auto const add = [&](Box const& box) {
-        if (!on_byte_boundaries(request.tensors[t].dtype, box, Box::whole(layout.shape)))
-          throw Error{ErrorCode::misaligned, request.tensors[t].name + ": its layout cuts a byte of " + std::string{to_string(request.tensors[t].dtype)} + " elements"};
-        members[{targets.directories[targets.of[t].directory].path, targets.of[t].file, pieces++}].push_back({t, box});
-      };
-      if (layout.shape.empty()) {   // still an entry, of one rank
-        if (first) add(Box::whole(layout.shape));
-        continue;
-      }
-      CellRange const range = request.shares.range_of(t, *coordinate);
-      if (HeldPart const held = held_at(layout, *coordinate); held.flat) for_each_box(held.box, held.begin + range.begin, held.begin + range.end, [&](Box const& box, std::int64_t) { add(box); });
-      else if (Box const box = rows_of_share(held.box, range); box.size() > 0) add(box);
+      for_each_piece(request.tensors[t], t, request.shares, request.rank, [&](Box const& box) { members[{targets.directories[targets.of[t].directory].path, targets.of[t].file, pieces++}].push_back({t, box}); });
     }
     FilePlan plan;
     for (auto const& [key, pieces] : members) {

@@ -43,7 +43,8 @@ struct Scan {
   std::vector<std::pair<std::string, std::string>> index;            // tensor -> file, sorted
   std::int64_t total_size = -1;                                      // what the index says, -1 if it does not
   std::vector<std::string> warnings;
-  std::vector<std::pair<std::string, std::string>> texts{};         // small files beside them that say how they are to be understood: name, text
+  std::vector<std::pair<std::string, std::string>> texts{};         // files beside them that say how they are to be understood: name, text
+  bool foreign = false;                                              // there is no commit record
 };
 
 namespace detail {
@@ -95,6 +96,13 @@ class AnyStorage {
   virtual FoundFile read_header(AnyMedium& medium, Scan const& scan, std::string const& file) const = 0;
   /// Everything together, checked against index and record. Pure.
   virtual Catalog assemble(Scan const& scan, std::vector<FoundFile> found, CommitRecord const* record) const = 0;
+  /// Whether data files begin with what says what is in them.
+  virtual bool files_have_headers() const { return true; }
+  /// Looks for those pieces of `tensors`, each of its catalog but for pieces that are not wanted, that lie in archives: their container_bytes become 0. Ranks call it for
+  /// what they will read, after assemble() of the same object.
+  virtual void locate(AnyMedium& medium, std::string const& directory, Catalog const& catalog, std::vector<CatalogTensor*> const& tensors) const {
+    static_cast<void>(medium), static_cast<void>(directory), static_cast<void>(catalog), static_cast<void>(tensors);
+  }
 };
 
 namespace detail {
