@@ -116,7 +116,7 @@ AgreedState merge_states(std::vector<Schema> parts, std::vector<std::int64_t> co
     while (next != sorted.end() && state.entries()[*next].name < entry.name) ++next;
     StateEntry const* here = next != sorted.end() && state.entries()[*next].name == entry.name ? &state.entries()[*next] : nullptr;
     if (entry.is_tensor) {
-      agreed.tensors.push_back({std::move(entry.name), entry.dtype, std::move(entry.layout)});
+      agreed.tensors.push_back({std::move(entry.name), entry.dtype, std::move(entry.layout), std::move(entry.joints)});
       agreed.local_tensors.push_back(here);
     } else {
       agreed.values.push_back(std::move(entry));

@@ -294,7 +294,10 @@ struct PlannedState {
   static PlannedState of(AgreedState const& state, AnyStorage const& storage, std::int64_t rank, std::int64_t ranks, std::vector<std::pair<std::string, Value>> const* values = nullptr) {
     Shares shares{state.tensors, ranks};
     std::shared_ptr<Recoding> recoding = storage.recoding(state.tensors);
-    FilePlan files = storage.plan_files({recoding ? recoding->stored() : state.tensors, shares, state.ties, rank, ranks, values, recoding ? &recoding->parts_of() : nullptr});
+    std::vector<NameJoints> joints;   // of the values, which are those of the state in its order
+    if (values != nullptr)
+      for (auto const& value : state.values) joints.push_back(value.joints);
+    FilePlan files = storage.plan_files({recoding ? recoding->stored() : state.tensors, shares, state.ties, rank, ranks, values, &joints, recoding ? &recoding->parts_of() : nullptr});
     return {std::move(shares), std::move(files), std::move(recoding)};
   }
   /// What the files hold.

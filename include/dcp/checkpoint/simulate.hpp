@@ -231,7 +231,7 @@ Simulation simulate(AnyStorage const& storage, SimulatedJob const& job, SaveSett
       if (writes.slots().empty() && !all)
         for (std::size_t other = 0; other < result.written.size(); ++other) result.written[other] = static_cast<std::uint64_t>(planned_state.shares.loads()[other]);
       // The texts of the commit are rank 0's.
-      FilePlan const committed = storage.plan_files({planned_state.stored(agreed), planned_state.shares, agreed.ties, 0, job.ranks, nullptr, planned_state.recoding ? &planned_state.recoding->parts_of() : nullptr});
+      FilePlan const committed = storage.plan_files({planned_state.stored(agreed), planned_state.shares, agreed.ties, 0, job.ranks, nullptr, nullptr, planned_state.recoding ? &planned_state.recoding->parts_of() : nullptr});
       for (auto const& [path, bytes] : committed.commit_files) result.index_bytes += bytes.size();
       CommitRecord record = record_of(storage, agreed, planned_state.stored(agreed));
       record.id = std::string(16, '0');

@@ -78,6 +78,7 @@ struct StateEntry {
   std::unique_ptr<TensorEntry> tensor;
   ValueEntry value;
   TieEntry tie;
+  NameJoints joints{};   // of the name; see StateDict::joint_of_object
 };
 struct AfterLoad {
   std::string name;
@@ -225,10 +226,16 @@ class StateDict {
   }
   template <class = Deferred>
   void add_value(std::string name, ValueEntry value) { insert(std::move(name), StateEntry::Kind::value).value = value; }
+  /// Marks the joint between an object with state() and what is in it. Objects within objects have none between them: the layers of a model are names with dots, as
+  /// modules have them in PyTorch, and not levels.
+  static constexpr std::uint32_t joint_of_object = 0x8000'0000u;
   template <class = Deferred>
-  void append(std::string const& prefix, StateDict const& other) {
+  void append(std::string const& prefix, StateDict const& other, bool of_object = false) {
     for (auto const& from : other.entries_) {
       StateEntry& entry = insert(joined(prefix, from.name), from.kind);
+      if (!prefix.empty() && !from.name.empty()) entry.joints.push_back(static_cast<std::uint32_t>(prefix.size()) | (of_object ? joint_of_object : 0));
+      for (auto const joint : from.joints)
+        if (!of_object || prefix.empty() || (joint & joint_of_object) == 0) entry.joints.push_back(joint + static_cast<std::uint32_t>(entry.name.size() - from.name.size()));
       if (from.tensor) entry.tensor = std::make_unique<TensorEntry>(*from.tensor);
       entry.value = from.value;
       if (from.kind == StateEntry::Kind::tie) entry.tie.kept = joined(prefix, from.tie.kept);
@@ -257,7 +264,7 @@ class StateDict {
   }
   template <class T>
   void add_object(std::string const& name, T& object) {
-    if constexpr (std::is_same_v<decltype(object.state()), StateDict>) append(name, object.state());
+    if constexpr (std::is_same_v<decltype(object.state()), StateDict>) append(name, object.state(), true);
     if constexpr (detail::HasAfterLoad<T>) hooks_.push_back({name, &object, [](void* o) { static_cast<T*>(o)->after_load(); }});
   }
 

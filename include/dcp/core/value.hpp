@@ -28,6 +28,10 @@ enum class ValueKind : std::uint8_t { number, array, text, bytes, json, per_rank
 inline constexpr std::array value_kind_names{"number", "array", "text", "bytes", "json", "per_rank"};
 inline std::string_view to_string(ValueKind kind) { return value_kind_names[static_cast<std::size_t>(kind)]; }
 
+/// Positions in a name of the dots between the levels of the nested state that it comes from: of "model.layer.weight" out of {"model", {{"layer.weight", w}}} there
+/// is one, at 5. Formats that keep nested states need them.
+using NameJoints = std::vector<std::uint32_t>;
+
 /// A value as it is stored. `payload`: the little-endian bytes of a number (1 for bool) or of an array's elements, or UTF-8 text
 /// (for json: one JSON document), or the bytes themselves.
 struct Value {

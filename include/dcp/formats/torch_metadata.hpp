@@ -44,9 +44,6 @@ struct Metadata {
   std::string version;                   // "1.0.0"; empty in what older versions wrote
 };
 
-/// Positions in `name` of the dots between the levels of the nested state that the entry comes from: {"model", {{"layer.weight", w}}} has one, at 5.
-using NameJoints = std::vector<std::uint32_t>;
-
 namespace detail {
 inline constexpr std::string_view metadata_module = "torch.distributed.checkpoint.metadata", filesystem_module = "torch.distributed.checkpoint.filesystem",
                                   legacy_module = "torch.distributed._shard.sharded_tensor.metadata";
@@ -196,7 +193,7 @@ class MetadataReader {
 template <class = Deferred>
 Metadata parse_metadata(ConstByteSpan bytes) { return detail::MetadataReader<>::read(bytes); }
 
-/// The bytes of a .metadata. `joints`: of each entry; empty: none has any.
+/// The bytes of a .metadata. `joints`: of each entry's name, or nothing: what PyTorch rebuilds nested dicts by.
 ///
 /// Source    as parse_metadata; properties have five parts, which all versions read
 template <class = Deferred>

@@ -30,6 +30,7 @@ struct SchemaEntry {
   bool per_rank = false;         // of a value
   std::uint64_t value_crc = 0;   // of a value that is no per-rank one: all ranks must hold the same
   std::int64_t first_rank = 0;   // the lowest rank that lists the entry
+  NameJoints joints{};           // of the name, where that rank lists it; without StateDict's marks
 };
 
 /// `dropped` is stored as `kept`.
@@ -92,6 +93,8 @@ Bytes encode_entries(std::vector<SchemaEntry> const& entries, bool values) {
   out.number<std::uint64_t>(entries.size());
   for (auto const& entry : entries) {
     out.text(entry.name).number(entry.is_tensor).number(entry.dtype).number(entry.value_kind).number(entry.per_rank).number(values ? entry.value_crc : 0);
+    out.number(static_cast<std::uint8_t>(entry.joints.size()));
+    for (auto const joint : entry.joints) out.number(joint);
     if (entry.is_tensor) detail::encode_layout(out, entry.layout);
   }
   return out.take();
@@ -124,6 +127,7 @@ Schema decode_schema(ConstByteSpan bytes) {
     SchemaEntry& entry = schema.entries.emplace_back();
     entry.name = in.text(), entry.is_tensor = in.number<bool>(), entry.dtype = in.number<DType>(), entry.value_kind = in.number<ValueKind>();
     entry.per_rank = in.number<bool>(), entry.value_crc = in.number<std::uint64_t>();
+    for (auto joints = in.number<std::uint8_t>(); joints > 0 && in.ok(); --joints) entry.joints.push_back(in.number<std::uint32_t>());
     if (entry.is_tensor) entry.layout = detail::decode_layout(in, ranges);
   }
   for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
@@ -185,6 +189,8 @@ Schema local_schema(StateDict const& state, bool with_values, std::vector<std::s
     }
     SchemaEntry& entry = schema.entries.emplace_back();
     entry.name = from.name;
+    for (auto const joint : from.joints)
+      if (entry.joints.size() < UINT8_MAX) entry.joints.push_back(joint & ~StateDict::joint_of_object);
     if (from.tensor) {
       entry.dtype = from.tensor->dtype;
       entry.layout = from.tensor->layout;

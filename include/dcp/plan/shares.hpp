@@ -11,6 +11,7 @@
 #include <dcp/base/config.hpp>
 #include <dcp/base/algorithms.hpp>
 #include <dcp/core/layout.hpp>
+#include <dcp/core/value.hpp>
 #include <dcp/plan/transfer.hpp>
 
 #include <algorithm>
@@ -27,6 +28,7 @@ struct TensorSpec {
   std::string name;
   DType dtype{};
   Layout layout;
+  NameJoints joints{};
 };
 
 /// Elements [begin, end) of a cell (what the ranks at one coordinate of the splitting axes hold), in its row-major order.

@@ -32,6 +32,7 @@ struct SaveRequest {
   std::vector<Tie> const& ties;
   std::int64_t rank, ranks;
   std::vector<std::pair<std::string, Value>> const* values = nullptr;   // for storages whose files hold them
+  std::vector<NameJoints> const* value_joints = nullptr;                // of the names of `values`
   std::vector<std::string> const* parts_of = nullptr;                   // where tensors are encoded: the name in the state of each of `tensors`
 };
 

@@ -93,12 +93,13 @@ class TorchDcpDriver final : public AnyStorage {
     file.path = data_file_name(request.rank);
     file.only_rank = request.rank;
     torch::Metadata metadata;
-    std::vector<torch::NameJoints> joints;
+    std::vector<NameJoints> joints;                                                     // of its entries
     bool const all = request.rank == 0;                                                 // whose metadata lists what every rank stores
     std::vector<std::uint64_t> ends(static_cast<std::size_t>(all ? request.ranks : 1), 0);   // of the ranks' files, so far
     Problems problems;
     if (all && request.values != nullptr)
-      for (auto const& [name, value] : *request.values) {
+      for (std::size_t v = 0; v < request.values->size(); ++v) {
+        auto const& [name, value] = (*request.values)[v];
         try {
           Bytes bytes = object_archive(value);
           torch::MetadataEntry& entry = metadata.entries.emplace_back();
@@ -106,6 +107,7 @@ class TorchDcpDriver final : public AnyStorage {
           entry.is_tensor = false;
           entry.place = {file.path, ends[0], bytes.size(), {}};
           ends[0] += bytes.size();
+          joints.push_back(request.value_joints == nullptr ? NameJoints{} : (*request.value_joints)[v]);
           file.literals.push_back({entry.place.offset, std::move(bytes)});
         } catch (Error const& error) {
           problems.add(error.code(), name + ": " + error.message());
@@ -120,6 +122,7 @@ class TorchDcpDriver final : public AnyStorage {
         entry->name = tensor.name;
         entry->dtype = tensor.dtype;
         entry->shape = tensor.layout.shape;
+        joints.push_back(tensor.joints);
       }
       try {
         if (torch::dtype_name(tensor.dtype).empty()) throw Error{ErrorCode::unsupported_dtype, "PyTorch has no tensors of " + std::string{to_string(tensor.dtype)}};
@@ -138,7 +141,7 @@ class TorchDcpDriver final : public AnyStorage {
     problems.raise();
     file.size = ends[0];
     if (file.size > 0) plan.files.push_back(std::move(file));
-    if (all) plan.commit_files.emplace_back(std::string{metadata_name}, torch::write_metadata(metadata));
+    if (all) plan.commit_files.emplace_back(std::string{metadata_name}, torch::write_metadata(metadata, joints));
     return plan;
   }
 
