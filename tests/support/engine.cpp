@@ -12,6 +12,8 @@ template class FlatEncoding<>;
 template class GgufEncoding<>;
 template class GroupQuantizer<>;
 template class GgufQuantizer<>;
+template class TorchDcpDriver<>;
+template class TransformedEncoding<>;
 template Contents read_contents<>(CommRef, AnyStorage const&, PlaceRef const&, LoadSettings const&);
 template Report save_state<>(CommRef, AnyStorage const&, PlaceRef const&, StateDict const&, SaveSettings const&);
 template Report load_state<>(CommRef, AnyStorage const&, PlaceRef const&, StateDict const&, LoadSettings const&);
@@ -23,3 +25,10 @@ template class Staging<>;
 template struct PendingSave<>;
 template std::shared_ptr<PendingSave<>> begin_save<>(CommRef, AnyStorage const&, PlaceRef const&, StateDict const&, SaveSettings const&, StagerRef, std::shared_ptr<Stage<>> const&, CommitWork, SaveEventCallback, PlanCache<>*, KnownPlace const*);
 }  // namespace dcp::detail
+namespace dcp {
+template class StridedEncoding<>;
+}  // namespace dcp
+namespace dcp::torch::detail {
+template class MetadataReader<>;
+template class ObjectWriter<>;
+}  // namespace dcp::torch::detail

@@ -14,6 +14,8 @@ extern template class FlatEncoding<>;
 extern template class GgufEncoding<>;
 extern template class GroupQuantizer<>;
 extern template class GgufQuantizer<>;
+extern template class TorchDcpDriver<>;
+extern template class TransformedEncoding<>;
 extern template Contents read_contents<>(CommRef, AnyStorage const&, PlaceRef const&, LoadSettings const&);
 extern template Report save_state<>(CommRef, AnyStorage const&, PlaceRef const&, StateDict const&, SaveSettings const&);
 extern template Report load_state<>(CommRef, AnyStorage const&, PlaceRef const&, StateDict const&, LoadSettings const&);
@@ -25,3 +27,10 @@ extern template class Staging<>;
 extern template struct PendingSave<>;
 extern template std::shared_ptr<PendingSave<>> begin_save<>(CommRef, AnyStorage const&, PlaceRef const&, StateDict const&, SaveSettings const&, StagerRef, std::shared_ptr<Stage<>> const&, CommitWork, SaveEventCallback, PlanCache<>*, KnownPlace const*);
 }  // namespace dcp::detail
+namespace dcp {
+extern template class StridedEncoding<>;
+}  // namespace dcp
+namespace dcp::torch::detail {
+extern template class MetadataReader<>;
+extern template class ObjectWriter<>;
+}  // namespace dcp::torch::detail
