@@ -5,11 +5,11 @@
 #include <dcp/base/algorithms.hpp>
 #include <dcp/base/config.hpp>
 #include <dcp/base/crc32.hpp>
+#include <dcp/base/zstd_library.hpp>
 #include <dcp/core/strided_tensor.hpp>
 #include <dcp/formats/pickle.hpp>
 #include <dcp/formats/torch_objects.hpp>
 #include <dcp/formats/zip.hpp>
-#include <dcp/io/zstd_library.hpp>
 #include <dcp/plan/catalog.hpp>
 
 #include <algorithm>
