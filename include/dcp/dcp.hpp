@@ -32,6 +32,7 @@
 #include <dcp/storage/quantized.hpp>
 #include <dcp/storage/gguf.hpp>
 #include <dcp/storage/torch_dcp.hpp>
+#include <dcp/storage/torch_file.hpp>
 
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/report.hpp>
@@ -39,6 +40,9 @@
 #include <dcp/checkpoint/async_save.hpp>
 #include <dcp/checkpoint/load.hpp>
 #include <dcp/checkpoint/contents.hpp>
+#include <dcp/checkpoint/convert.hpp>
+#include <dcp/checkpoint/checkpoint_reader.hpp>
+#include <dcp/checkpoint/verify.hpp>
 #include <dcp/checkpoint/manager.hpp>
 #include <dcp/checkpoint/tiered.hpp>
 #include <dcp/checkpoint/flat_ranges.hpp>

@@ -30,33 +30,39 @@ struct Contents {
   std::vector<TensorContents> tensors;                 // in name order
   std::vector<std::pair<std::string, Value>> values;
   std::vector<std::pair<std::string, std::string>> ties;   // a name, and the name under which it is stored
+  std::vector<std::pair<std::string, std::uint64_t>> files;   // data files, and their bytes
   std::vector<std::string> warnings;
+  bool foreign = false;                                // no commit record: another program wrote it, and nothing but its format says what is right
 };
 
 namespace detail {
 template <class = Deferred>
-Contents read_contents(CommRef comm, AnyStorage const& storage, PlaceRef const& place, LoadSettings const& settings) {
-  return again_if_replaced(comm, *place.medium, place.path, [&](Sighting& seen) {
-    OpenedCheckpoint opened = open_checkpoint(comm, storage, *place.medium, place.path, settings.verify, seen);
-    Contents contents;
-    for (auto const& tensor : opened.catalog.tensors) {
-      TensorContents entry{tensor.name, tensor.dtype, tensor.shape, {}, {}, {}, 0};
-      if (tensor.encoding != nullptr) {
-        entry.scheme = tensor.encoding->scheme();
-        for (auto const& part : tensor.encoding->parts()) entry.parts.push_back(part.name);
-      }
-      for_each_stored_piece(tensor, [&](DType dtype, StoredPiece const& piece) {
-        entry.stored_bytes += bytes_of(dtype, static_cast<std::int64_t>(piece.box.size()));
-        std::string const& file = opened.catalog.files[piece.file].path;
-        if (std::find(entry.files.begin(), entry.files.end(), file) == entry.files.end()) entry.files.push_back(file);
-      });
-      contents.tensors.push_back(std::move(entry));
+Contents contents_of(OpenedCheckpoint const& opened) {
+  Catalog const& catalog = opened.catalog;
+  Contents contents;
+  for (auto const& tensor : catalog.tensors) {
+    TensorContents entry{tensor.name, tensor.dtype, tensor.shape, {}, {}, {}, 0};
+    if (tensor.encoding != nullptr) {
+      entry.scheme = tensor.encoding->scheme();
+      for (auto const& part : tensor.encoding->parts()) entry.parts.push_back(part.name);
     }
-    contents.values = std::move(opened.catalog.values);
-    for (auto& tie : opened.catalog.ties) contents.ties.emplace_back(std::move(tie.dropped), std::move(tie.kept));
-    contents.warnings = std::move(opened.catalog.warnings);
-    return contents;
-  });
+    for_each_stored_piece(tensor, [&](DType dtype, StoredPiece const& piece) {
+      entry.stored_bytes += bytes_of(dtype, static_cast<std::int64_t>(piece.box.size()));
+      std::string const& file = catalog.files[piece.file].path;
+      if (std::find(entry.files.begin(), entry.files.end(), file) == entry.files.end()) entry.files.push_back(file);
+    });
+    contents.tensors.push_back(std::move(entry));
+  }
+  contents.values = catalog.values;
+  for (auto const& tie : catalog.ties) contents.ties.emplace_back(tie.dropped, tie.kept);
+  for (auto const& file : catalog.files) contents.files.emplace_back(file.path, file.size);
+  contents.warnings = catalog.warnings;
+  contents.foreign = !opened.record;
+  return contents;
+}
+template <class = Deferred>
+Contents read_contents(CommRef comm, AnyStorage const& storage, PlaceRef const& place, LoadSettings const& settings) {
+  return again_if_replaced(comm, *place.medium, place.path, [&](Sighting& seen) { return contents_of(open_checkpoint(comm, storage, *place.medium, place.path, settings.verify, seen)); });
 }
 }  // namespace detail
 

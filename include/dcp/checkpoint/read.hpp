@@ -333,29 +333,20 @@ class Reader {
         auto const number = static_cast<std::uint32_t>(p * 2 + (counts ? 1 : 0));
         transfer.for_each_run(0, transfer.end, [&](std::uint64_t position, std::byte* to, std::size_t size) { runs[piece.file].push_back({position, size, to, number, counts}); });
       };
-      // Of pieces that overlap, the first counts.
-      std::vector<Box> missing{box}, rest, others;
-      for (auto const& piece : tensor.parts[p]) {
-        rest.clear();
-        for (auto const& hole : missing) {
-          Box from, mine;
-          if (intersect(hole, piece.box, from)) {
-            if (!verifies_ || !owns_any || !intersect(from, owned, mine)) {
-              add(piece, from, false);
-            } else {
-              add(piece, mine, true);
-              others.clear();
-              subtract(from, mine, others);
-              for (auto const& other : others) add(piece, other, false);
-            }
-          }
-          subtract(hole, piece.box, rest);
-        }
-        std::swap(missing, rest);
-      }
-      if (part.shape.rank() > 0)
-        for (auto const& hole : missing)
-          if (!hole.empty()) throw Error{ErrorCode::incomplete, part.name + ": nothing is stored for " + to_string(hole)};
+      std::vector<Box> others;
+      for_each_source(
+          tensor.parts[p], box,
+          [&](StoredPiece const& piece, Box const& from) {
+            Box mine;
+            if (!verifies_ || !owns_any || !intersect(from, owned, mine)) return add(piece, from, false);
+            add(piece, mine, true);
+            others.clear();
+            subtract(from, mine, others);
+            for (auto const& other : others) add(piece, other, false);
+          },
+          [&](Box const& hole) {
+            if (part.shape.rank() > 0) throw Error{ErrorCode::incomplete, part.name + ": nothing is stored for " + to_string(hole)};
+          });
     });
     if (gaps.size() == 0) gaps = AlignedBuffer{static_cast<std::size_t>(budget_.buffer_bytes + slack)};
     for (auto& [f, list] : runs) {

@@ -51,6 +51,24 @@ void for_each_stored_piece(CatalogTensor const& tensor, Visit visit) {
     for (auto const& piece : tensor.parts[p]) visit(tensor.encoding->parts()[p].dtype, piece);
 }
 
+/// Calls visit(piece, box) for the boxes of pieces that together are `box` of what the pieces are of; of pieces that overlap, the first counts. What nothing is stored for
+/// goes to missing(box).
+template <class Visit, class Missing>
+void for_each_source(std::vector<StoredPiece> const& pieces, Box const& box, Visit visit, Missing missing) {
+  std::vector<Box> holes{box}, rest;
+  for (auto const& piece : pieces) {
+    rest.clear();
+    for (auto const& hole : holes) {
+      Box from;
+      if (intersect(hole, piece.box, from)) visit(piece, from);
+      subtract(hole, piece.box, rest);
+    }
+    std::swap(holes, rest);
+  }
+  for (auto const& hole : holes)
+    if (!hole.empty()) missing(hole);
+}
+
 /// The transfers that fill `held` of a tensor from its stored pieces, or what decodes it. Where pieces overlap, the first fills and the others are compared;
 /// `all`: so are those that are stored twice, and everything is verified.
 template <class = Deferred>

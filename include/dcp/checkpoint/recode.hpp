@@ -41,7 +41,7 @@ void prepare_recoding(CommRef comm, Recoding const& recoding, AgreedState const&
       if (local != nullptr)
         for_each_held_box(held_part(local->tensor->layout, comm.rank()), local->tensor->dtype, local->tensor->memory, [&](Box const& box, MemoryView const& memory) { held.push_back({box, memory}); });
       Quantizer& here = *quantizer;
-      here.elements().hold(std::move(held));
+      here.elements().hold(std::move(held), local == nullptr ? nullptr : local->tensor->source.get());
       here.begin();
       for (auto& box : here.units()) {
         watch.here().bytes += bytes_of(here.elements().dtype(), box.shape.elements());

@@ -70,7 +70,7 @@ void compare_replicas(CommRef comm, AgreedState const& state) {
     for (std::size_t t = 0; t < state.tensors.size(); ++t) {
       auto const& tensor = state.tensors[t];
       auto const held = held_by(tensor.layout, comm.rank());
-      if (!held || replicas(tensor.layout) == 1 || state.local_tensors[t] == nullptr) continue;
+      if (!held || replicas(tensor.layout) == 1 || state.local_tensors[t] == nullptr || state.local_tensors[t]->tensor->source) continue;
       std::uint64_t raw = 0;
       for_each_held_box(*held, tensor.dtype, state.local_tensors[t]->tensor->memory, [&](Box const& box, MemoryView const& memory) {
         Transfer const transfer = make_transfer(tensor.dtype, tensor.dtype, box, box, memory, box, 0);
@@ -103,13 +103,41 @@ void compare_replicas(CommRef comm, AgreedState const& state) {
   }
 }
 
+/// A box of a tensor that has a source.
+class BoxSource final : public ElementSource {
+ public:
+  BoxSource(std::shared_ptr<TensorSource const> source, DType dtype, Box const& box) : source_{std::move(source)}, dtype_{dtype}, box_{box} {}
+  void produce(std::int64_t first, std::int64_t count, std::byte* out) const override {
+    std::int64_t const bits = bits_of(dtype_), in_bytes = bits < 8 ? 8 / bits : 1;   // elements smaller than a byte are counted in bytes
+    for_each_box(box_, first * in_bytes, (first + count) * in_bytes, [&](Box const& box, std::int64_t at) { source_->read(box, out + (at - first * in_bytes) * bits / 8); });
+  }
+
+ private:
+  std::shared_ptr<TensorSource const> source_;
+  DType dtype_;
+  Box box_;
+};
+
 /// The bytes of a CrcLiteral, with the CRC-32 of what memory holds when they are asked for. That is once a save, or twice where a window ends among them.
 class CrcSource final : public ElementSource {
  public:
   CrcSource(CrcLiteral const& literal, std::vector<Transfer> data) : literal_{literal}, data_{std::move(data)} {}
   void produce(std::int64_t first, std::int64_t count, std::byte* out) const override {
     std::uint32_t crc = 0;
-    for (auto const& transfer : data_) transfer.for_each_run(transfer.begin, transfer.end, [&](std::uint64_t, std::byte const* memory, std::size_t bytes) { crc = crc32({memory, bytes}, crc); });
+    for (auto const& transfer : data_) {
+      if (transfer.source == nullptr) {
+        transfer.for_each_run(transfer.begin, transfer.end, [&](std::uint64_t, std::byte const* memory, std::size_t bytes) { crc = crc32({memory, bytes}, crc); });
+        continue;
+      }
+      std::int64_t const each = std::max<std::int64_t>(1, (256 << 10) * 8 / bits_of(transfer.dtype));
+      Bytes made;
+      for (std::int64_t at = transfer.begin; at < transfer.end; at += each) {
+        std::int64_t const size = std::min(each, transfer.end - at);
+        made.resize(static_cast<std::size_t>(bytes_of(transfer.dtype, size)));
+        transfer.source->produce(at, size, made.data());
+        crc = crc32(made, crc);
+      }
+    }
     Bytes bytes = literal_.bytes;
     for (auto const at : literal_.at) std::memcpy(bytes.data() + at, &crc, sizeof crc);
     std::memcpy(out, bytes.data() + first, static_cast<std::size_t>(count));
@@ -174,6 +202,10 @@ std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& 
       transfers.push_back(make_transfer(tensor.dtype, tensor.dtype, part, box, memory, stored.box, stored.offset));
       transfers.back().tensor = t;
       transfers.back().file = stored.file;
+      if (entry->tensor->source) {
+        sources.push_back(std::make_unique<BoxSource>(entry->tensor->source, tensor.dtype, part));
+        transfers.back().source = sources.back().get();
+      }
       return &transfers.back();
     };
     MemoryView const& memory = entry->tensor->memory;
@@ -242,7 +274,7 @@ std::vector<std::pair<std::string, Value>> collect_values(CommRef comm, AgreedSt
     auto const rank = static_cast<std::size_t>(in.number<int>());
     Value value = take_value(in);
     Value& target = values[static_cast<std::size_t>(v)].second;
-    if (target.kind != ValueKind::per_rank) {
+    if (!state.values[static_cast<std::size_t>(v)].per_rank) {
       target = std::move(value);
       continue;
     }

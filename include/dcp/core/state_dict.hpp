@@ -58,10 +58,19 @@ struct EntryOf {
 
 // ---- what a StateDict consists of, without types ---------------------------------------------------------------------------------
 
+/// Elements that are in nobody's memory: they are read, or made, when a save writes them.
+class TensorSource {
+ public:
+  virtual ~TensorSource() = default;
+  /// The elements of `box`, dense and row-major, to `out`. Called by several threads at once.
+  virtual void read(Box const& box, std::byte* out) const = 0;
+};
+
 struct TensorEntry {
   DType dtype{};
   Layout layout;
   MemoryView memory;
+  std::shared_ptr<TensorSource const> source{};   // of a state that is only saved: instead of memory, whose strides alone then count
 };
 struct ValueEntry {
   void* object = nullptr;
@@ -220,12 +229,24 @@ class StateDict {
     StateEntry& entry = insert(std::move(name), StateEntry::Kind::tensor);
     entry.tensor = std::make_unique<TensorEntry>(TensorEntry{dtype, layout, memory});
   }
+  /// A tensor that can only be saved: all of it, on every rank that lists it.
+  template <class = Deferred>
+  StateEntry& add_source(std::string name, DType dtype, Extents const& shape, std::shared_ptr<TensorSource const> source) {
+    StateEntry& entry = insert(std::move(name), StateEntry::Kind::tensor);
+    auto* const address = reinterpret_cast<std::byte*>(const_cast<TensorSource*>(source.get()));   // of which only differences are taken
+    entry.tensor = std::make_unique<TensorEntry>(TensorEntry{dtype, plain_layout(shape), {address, row_major_strides(shape)}, std::move(source)});
+    return entry;
+  }
   template <class = Deferred>
   void add_part(std::string const& name, DType dtype, detail::LocalPart const& part) {
     if (part.held) add_tensor(name, dtype, part.layout, part.memory);
   }
   template <class = Deferred>
-  void add_value(std::string name, ValueEntry value) { insert(std::move(name), StateEntry::Kind::value).value = value; }
+  StateEntry& add_value(std::string name, ValueEntry value) {
+    StateEntry& entry = insert(std::move(name), StateEntry::Kind::value);
+    entry.value = value;
+    return entry;
+  }
   /// Marks the joint between an object with state() and what is in it. Objects within objects have none between them: the layers of a model are names with dots, as
   /// modules have them in PyTorch, and not levels.
   static constexpr std::uint32_t joint_of_object = 0x8000'0000u;

@@ -42,6 +42,7 @@ struct MetadataEntry {
 struct Metadata {
   std::vector<MetadataEntry> entries;    // as they come
   std::string version;                   // "1.0.0"; empty in what older versions wrote
+  std::vector<std::pair<std::string, NameJoints>> joints{};   // of names from nested states, sorted
 };
 
 namespace detail {
@@ -85,10 +86,34 @@ class MetadataReader {
       }
     });
     problems.raise();
+    if (auto const paths = state.find("planner_data"); paths && paths->kind() == pickle::Kind::dict) {
+      paths->for_each_pair([&](pickle::Value const& name, pickle::Value const& path) { add_joints(name.text(), path, metadata.joints); });
+      std::sort(metadata.joints.begin(), metadata.joints.end());
+    }
     return metadata;
   }
 
  private:
+  // A path is a tuple of keys and positions in lists. One that does not make the name, as of keys that other planners use, is none.
+  static void add_joints(std::string_view name, pickle::Value const& path, std::vector<std::pair<std::string, NameJoints>>& all) {
+    if (path.kind() != pickle::Kind::tuple || path.size() < 2) return;
+    NameJoints joints;
+    std::size_t at = 0;
+    bool makes = true;
+    path.for_each([&](pickle::Value const& element) {
+      if (element.kind() != pickle::Kind::text && element.kind() != pickle::Kind::integer) makes = false;
+      if (!makes) return;
+      std::string const part = element.kind() == pickle::Kind::text ? std::string{element.text()} : std::to_string(element.integer());
+      if (at > 0) {
+        makes = at < name.size() && name[at] == '.';
+        joints.push_back(static_cast<std::uint32_t>(at++));
+      }
+      makes = makes && name.substr(std::min(at, name.size())).starts_with(part);
+      at += part.size();
+    });
+    if (makes && at == name.size()) all.emplace_back(name, std::move(joints));
+  }
+
   static void require(pickle::Value const& value, std::string_view module, std::string_view name) {
     if (value.kind() != pickle::Kind::object || !value.is_call_of(module, name)) bad_object("something stands where a " + std::string{name} + " belongs");
   }

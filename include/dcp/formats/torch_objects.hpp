@@ -494,41 +494,58 @@ Value to_value(pickle::Value const& object, Records records, ObjectOptions const
   return detail::ObjectReader<Records>{std::move(records), options}.value(object);
 }
 
-/// Calls visit(path, leaf) for the leaves of nested dicts and lists, in order, as PyTorch flattens a state: the names of dicts and the positions in lists, joined
-/// by dots. A dict or list without tensors in it is a leaf. Throws Error(limit), Error(duplicate_entry) for two leaves of one path.
+/// A leaf of a nested state: its name, the keys of dicts and positions in lists joined by dots, and where they are joined.
+struct Leaf {
+  std::string name;
+  NameJoints joints;
+};
+
+/// Calls visit(Leaf const&, value) for the leaves of nested dicts and lists, in order, as PyTorch flattens a state: a dict is always descended into, and a list that holds
+/// a tensor, a dict, or a list that is. Tuples are leaves; here not those that hold tensors.
+///
+/// Throws    Error(limit), Error(unsupported) for a dict whose keys are neither texts nor integers and that holds tensors
+/// Source    torch.distributed.checkpoint._traverse
 template <class Visit>
 void for_each_leaf(pickle::Value const& root, Visit visit) {
-  std::uint64_t nodes = 0;
+  constexpr std::uint64_t most = 10'000'000;
+  pickle::expanded_nodes(root, most, 200);   // which bounds every walk
   struct Walk {
     Visit& visit;
-    std::uint64_t& nodes;
-    bool has_tensor(pickle::Value const& value, int depth) {
-      if (++nodes > 10'000'000 || depth > 200) throw Error{ErrorCode::limit, "an object of too many parts"};
+    static bool is_dict(pickle::Value const& value) { return value.kind() == pickle::Kind::dict || (value.kind() == pickle::Kind::object && value.module() == "collections"); }
+    static bool is_sequence(pickle::Value const& value) { return value.kind() == pickle::Kind::list || value.kind() == pickle::Kind::tuple; }
+    static bool holds_tensor(pickle::Value const& value) {
       bool found = detail::is_tensor(value);
-      if (value.kind() == pickle::Kind::list || value.kind() == pickle::Kind::tuple) value.for_each([&](pickle::Value const& item) { found = found || has_tensor(item, depth + 1); });
-      if (is_dict(value)) value.for_each_pair([&](pickle::Value const&, pickle::Value const& item) { found = found || has_tensor(item, depth + 1); });
+      if (is_sequence(value)) value.for_each([&](pickle::Value const& item) { found = found || holds_tensor(item); });
+      if (is_dict(value)) value.for_each_pair([&](pickle::Value const&, pickle::Value const& item) { found = found || holds_tensor(item); });
       return found;
     }
-    static bool is_dict(pickle::Value const& value) { return value.kind() == pickle::Kind::dict || (value.kind() == pickle::Kind::object && value.module() == "collections"); }
-    void walk(pickle::Value const& value, std::string const& path, int depth) {
-      bool const dict = is_dict(value);
-      if (detail::is_tensor(value) || (!dict && value.kind() != pickle::Kind::list && value.kind() != pickle::Kind::tuple) || (depth > 0 && !has_tensor(value, 0))) {
-        visit(path, value);
-        return;
+    static bool descends(pickle::Value const& list) {
+      bool found = false;
+      list.for_each([&](pickle::Value const& item) { found = found || detail::is_tensor(item) || is_dict(item) || (item.kind() == pickle::Kind::list && descends(item)); });
+      return found;
+    }
+    static Leaf below(Leaf const& leaf, std::string const& name, bool at_root) {
+      if (at_root) return {name, {}};
+      Leaf next{leaf.name + '.' + name, leaf.joints};
+      next.joints.push_back(static_cast<std::uint32_t>(leaf.name.size()));
+      return next;
+    }
+    void walk(pickle::Value const& value, Leaf const& leaf, bool at_root) {
+      if (is_dict(value)) {
+        bool names = true;
+        value.for_each_pair([&](pickle::Value const& key, pickle::Value const&) { names = names && (key.kind() == pickle::Kind::text || key.kind() == pickle::Kind::integer); });
+        if (!names && holds_tensor(value)) throw Error{ErrorCode::unsupported, "a dict" + (at_root ? std::string{} : " at " + leaf.name) + " with tensors, and with a key that is neither text nor an integer"};
+        if (!names) return visit(leaf, value);
+        value.for_each_pair([&](pickle::Value const& key, pickle::Value const& item) { walk(item, below(leaf, key.kind() == pickle::Kind::integer ? std::to_string(key.integer()) : std::string{key.text()}, at_root), false); });
+      } else if ((value.kind() == pickle::Kind::list && descends(value)) || (value.kind() == pickle::Kind::tuple && holds_tensor(value))) {
+        std::size_t position = 0;
+        value.for_each([&](pickle::Value const& item) { walk(item, below(leaf, std::to_string(position++), at_root), false); });
+      } else {
+        visit(leaf, value);
       }
-      auto const below = [&](std::string const& name) { return path.empty() ? name : path + '.' + name; };
-      std::size_t position = 0;
-      if (dict)
-        value.for_each_pair([&](pickle::Value const& key, pickle::Value const& item) {
-          std::string const name = key.kind() == pickle::Kind::integer ? std::to_string(key.integer()) : key.kind() == pickle::Kind::text ? std::string{key.text()} : std::string{};
-          if (key.kind() != pickle::Kind::integer && key.kind() != pickle::Kind::text) throw Error{ErrorCode::unsupported, "a dict" + (path.empty() ? std::string{} : " at " + path) + " with a key that is neither text nor an integer"};
-          walk(item, below(name), depth + 1);
-        });
-      else
-        value.for_each([&](pickle::Value const& item) { walk(item, below(std::to_string(position++)), depth + 1); });
     }
   };
-  Walk{visit, nodes}.walk(root, {}, 0);
+  Walk{visit}.walk(root, {detail::is_tensor(root) ? "tensor" : "value", {}}, true);
 }
 
 // ---- values as objects

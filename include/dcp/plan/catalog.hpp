@@ -13,9 +13,11 @@
 #include <algorithm>
 #include <compare>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <set>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -42,6 +44,7 @@ struct FoundFile {
   std::vector<FoundTensor> tensors;
   std::vector<Tie> ties;
   std::vector<std::pair<std::string, Value>> values{};   // of formats that hold some beside tensors
+  std::vector<std::pair<std::string, NameJoints>> joints{};   // of names from nested states
 };
 
 struct CatalogFile {
@@ -74,6 +77,7 @@ struct Catalog {
   std::vector<std::pair<std::string, Value>> values;       // sorted by name
   bool values_describe = false;                            // the tensors, rather than being state: a load need not want them
   std::vector<Tie> ties;                                   // sorted by dropped name
+  std::vector<std::pair<std::string, NameJoints>> joints{};   // of names from nested states, where the format knows; sorted
   std::vector<std::string> duplicates;                     // pieces stored twice, in words
   std::vector<std::string> warnings;
 
@@ -86,6 +90,11 @@ struct Catalog {
   CatalogTensor const* find_stored(std::string_view name) const {
     CatalogTensor const* const part = find_raw(name);
     return part != nullptr ? part : find_tensor(name);
+  }
+  template <class = Deferred>
+  NameJoints joints_of(std::string_view name) const {
+    auto const at = std::lower_bound(joints.begin(), joints.end(), name, [](auto const& entry, std::string_view wanted) { return entry.first < wanted; });
+    return at != joints.end() && at->first == name ? at->second : NameJoints{};
   }
   template <class = Deferred>
   Value const* find_value(std::string_view name) const {
@@ -120,6 +129,8 @@ Bytes encode(FoundFile const& file) {
   for (auto const& tie : file.ties) out.text(tie.dropped).text(tie.kept);
   out.number<std::uint64_t>(file.values.size());
   for (auto const& [name, value] : file.values) put(out.text(name), value);
+  out.number<std::uint64_t>(file.joints.size());
+  for (auto const& [name, joints] : file.joints) out.text(name).block(std::as_bytes(std::span{joints}));
   return out.take();
 }
 template <class = Deferred>
@@ -143,6 +154,13 @@ FoundFile decode_found_file(ConstByteSpan bytes) {
   for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
     std::string name = in.text();
     file.values.emplace_back(std::move(name), take_value(in));
+  }
+  for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
+    auto& [name, joints] = file.joints.emplace_back();
+    name = in.text();
+    auto const block = in.block();
+    joints.resize(block.size() / sizeof(std::uint32_t));
+    if (!joints.empty()) std::memcpy(joints.data(), block.data(), joints.size() * sizeof(std::uint32_t));
   }
   return file;
 }

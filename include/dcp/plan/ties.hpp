@@ -39,7 +39,7 @@ template <class = Deferred>
 std::vector<LocalMemory> local_memory(StateDict const& state, std::int64_t rank) {
   std::vector<LocalMemory> parts;
   for (auto const& entry : state.entries()) {
-    if (!entry.tensor) continue;
+    if (!entry.tensor || entry.tensor->source) continue;
     Layout const& layout = entry.tensor->layout;
     HeldPart const held = held_part(layout, rank);
     if (held.empty()) continue;

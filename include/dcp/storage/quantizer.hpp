@@ -53,8 +53,10 @@ class HeldElements {
   Extents const& strides() const { return strides_; }
   std::vector<Held> const& held() const { return held_; }
 
-  void hold(std::vector<Held> held) {
+  /// source    that they come from instead of memory; must live as long
+  void hold(std::vector<Held> held, TensorSource const* source = nullptr) {
     held_ = std::move(held);
+    source_ = source;
     others_.clear();
   }
   /// An element that another rank has sent.
@@ -86,6 +88,14 @@ class HeldElements {
         }
         if (!inside) continue;
         run = last < 0 ? 1 : std::min(count - done, box.origin[last] + box.shape[last] - at[last]);
+        if (source_ != nullptr) {
+          Box piece{at, Extents::filled(last + 1, 1)};
+          if (last >= 0) piece.shape[last] = run;
+          Bytes bytes(static_cast<std::size_t>(run * (bits_of(dtype_) / 8)));
+          source_->read(piece, bytes.data());
+          load(bytes.data(), 1, run, out + done);
+          break;
+        }
         load(memory.data + offset * (bits_of(dtype_) / 8), last < 0 ? 1 : memory.strides[last], run, out + done);
         break;
       }
@@ -134,6 +144,7 @@ class HeldElements {
   DType dtype_;
   Extents shape_, strides_;
   std::vector<Held> held_;
+  TensorSource const* source_ = nullptr;
   std::map<std::int64_t, float> others_;
 };
 

@@ -272,6 +272,8 @@ class TorchDcpDriver final : public AnyStorage {
     std::stable_sort(values.begin(), values.end(), [](auto const& a, auto const& b) { return a.first < b.first; });
     values.erase(std::unique(values.begin(), values.end(), [](auto const& a, auto const& b) { return a.first == b.first; }), values.end());
     catalog.values = std::move(values);
+    for (auto const& part : metadata.parts) append(catalog.joints, part.joints);
+    if (metadata.parts.size() > 1) std::stable_sort(catalog.joints.begin(), catalog.joints.end());
     append(catalog.warnings, scan.warnings);
     return catalog;
   }
