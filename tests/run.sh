@@ -34,7 +34,7 @@ if ! dcp_install g++ cmake ninja-build nlohmann-json3-dev doctest-dev; then
   exit 1
 fi
 # Each of these is one part of the tests; what cannot be had is named at the end.
-dcp_install ccache clang libeigen3-dev liburing-dev libcurl4-openssl-dev libopenmpi-dev openmpi-bin python3-venv || true
+dcp_install ccache clang libcli11-dev libeigen3-dev liburing-dev libcurl4-openssl-dev libopenmpi-dev openmpi-bin python3-venv || true
 if dcp_has clang; then dcp_install libclang-rt-dev || true; fi
 echo "$(g++ --version | head -n 1); $(cmake --version | head -n 1); $(clang++ --version 2>/dev/null | head -n 1 || echo 'no clang++'); $jobs jobs"
 
