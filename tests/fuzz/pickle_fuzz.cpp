@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// seconds: 60
 // libFuzzer target: any bytes as a pickle. Whatever is accepted has no more nodes than its bytes allow, and can be walked within the
 // bounds that expanded_nodes gives.
 // fuzz: -max_len=4096

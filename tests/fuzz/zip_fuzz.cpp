@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// seconds: 60
 // libFuzzer target: any bytes as a zip archive. Both readers say the same, whatever is accepted lies within the archive without overlaps,
 // and survives being written again.
 // fuzz: -max_len=4096
