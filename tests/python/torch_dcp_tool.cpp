@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Loads and saves PyTorch's distributed checkpoints for the tests in Python.
 //
-//   torch_dcp_tool load PLACE FOUND                  whole, and in shards of 1, 2, 3 and 4 ranks, which are compared with it
-//   torch_dcp_tool save PLACE RANKS TURN EXPECTED    tensors of every dtype of PyTorch, values of every kind; another TURN, other placements
-//   torch_dcp_tool copy FROM PATHS RANKS TO          loads everything into shards and variables of C++, and saves it from them
+//   torch_dcp_tool load PLACE TURN FOUND                     whole, and in shards of 1, 2, 3 and 4 ranks, which are compared with it; another TURN, other placements
+//   torch_dcp_tool save PLACE RANKS TURN plain|all EXPECTED  tensors of every dtype of PyTorch, values of every kind; `all`: a thousand small tensors, too, and objects
+//                                                           that torch.load does not build with weights_only
+//   torch_dcp_tool copy FROM PATHS RANKS TURN TO             loads everything into shards and variables of C++, and saves it from them
 //
 // FOUND and EXPECTED are JSON: {"tensors": {name: {"dtype", "shape", "sha256"}}, "values": {name: {"kind", "json"}}, "paths": {name: [...]}, ...}, and
 // EXPECTED.raw has the bytes of the tensors, in the order of "order". PATHS is JSON, too: {name: [the names that it consists of]}.
@@ -84,7 +85,7 @@ Tensors tensors_of(dcp::OwnedState const& whole) {
   return tensors;
 }
 
-void load(std::string const& place, std::string const& found) {
+void load(std::string const& place, int turn, std::string const& found) {
   dcp::SelfComm self;
   auto const whole = dcp::load_from_keys<dcp::TorchDcp>(self, place);
   Tensors const tensors = tensors_of(whole);
@@ -93,7 +94,7 @@ void load(std::string const& place, std::string const& found) {
   for (int ranks = 1; ranks <= 4; ++ranks) {
     std::atomic<bool> complete{true};
     dcp::run_threads(ranks, [&](dcp::ThreadComm& world) {
-      HeldTensors held{tensors, layouts(tensors, ranks, ranks), world.rank(), false};
+      HeldTensors held{tensors, layouts(tensors, ranks, turn + ranks), world.rank(), false};
       dcp::load<dcp::TorchDcp>(world, place, held.state, {.on_unexpected = dcp::OnUnexpected::ignore});
       if (!held.complete()) complete = false;
     });
@@ -127,7 +128,7 @@ struct Values {
   std::int64_t position;   // of each rank
   std::vector<std::pair<std::string, Json>> json;
 
-  explicit Values(std::int64_t rank) : position{100 + rank} {
+  Values(std::int64_t rank, bool all) : position{100 + rank} {
     for (int i = 0; i < 256; ++i) bytes.push_back(static_cast<std::byte>(i));
     for (auto const* const text_of : {
              R"(["none", null])", R"(["true", true])", R"(["list", [1, 2.5, "x", null, [], {}]])", R"(["dict", {"a": {"b": [1, {"c": "größe"}]}, "": 0}])", R"(["empty list", []])", R"(["empty dict", {}])",
@@ -140,10 +141,15 @@ struct Values {
              R"(["dtype", {"__type__": "torch.dtype", "name": "bfloat16"}])", R"(["device", {"__type__": "torch.device", "name": "cpu"}])", R"(["complex", {"__type__": "complex", "re": 1.5, "im": -2.0}])",
              R"(["tensor", {"__type__": "tensor", "dtype": "I16", "shape": [2, 1], "hex": "0100ffff"}])",
              R"(["tensors", {"__type__": "tuple", "items": [{"__type__": "tensor", "dtype": "F32", "shape": [], "hex": "0000c03f"}, {"__type__": "tensor", "dtype": "F8_E4M3", "shape": [2], "hex": "3840"}]}])",
-             R"(["stream", {"__type__": "io.BytesIO", "hex": "00ff80", "pos": 2}])", R"(["frozenset", {"__type__": "frozenset", "items": [7]}])"}) {
-      auto pair = Json::parse(text_of);
-      json.emplace_back(pair[0], pair[1]);
-    }
+         })
+      add(text_of);
+    if (!all) return;
+    add(R"(["stream", {"__type__": "io.BytesIO", "hex": "00ff80", "pos": 2}])");
+    add(R"(["frozenset", {"__type__": "frozenset", "items": [7]}])");
+  }
+  void add(std::string_view name_and_value) {
+    auto const pair = Json::parse(name_and_value);
+    json.emplace_back(pair[0], pair[1]);
   }
   void add_to(dcp::StateDict& state) {
     state.add("flag", flag).add("u8", u8).add("i8", i8).add("u16", u16).add("i16", i16).add("u32", u32).add("i32", i32).add("u64", u64).add("i64", i64).add("beyond double", beyond_double).add("f32", f32).add("f64", f64);
@@ -153,7 +159,7 @@ struct Values {
   }
 };
 
-void save(std::string const& place, int ranks, int turn, std::string const& expected) {
+void save(std::string const& place, int ranks, int turn, bool all, std::string const& expected) {
   Tensors tensors;
   Paths paths;
   auto const add = [&](std::string const& name, DType dtype, dcp::Extents const& shape) {
@@ -177,7 +183,9 @@ void save(std::string const& place, int ranks, int turn, std::string const& expe
   }
   add("layers.0.self_attn.q_proj.weight", DType::bf16, {300, 257});
   add("größe.重み 🚀 \"quoted\\\"", DType::f32, {5});
-  Values names{0};
+  if (all)
+    for (int i = 0; i < 1100; ++i) add("many." + std::to_string(i), DType::i16, {3});
+  Values names{0, all};
   dcp::StateDict of_values;
   names.add_to(of_values);
   std::size_t turn_of_name = 0;
@@ -187,7 +195,7 @@ void save(std::string const& place, int ranks, int turn, std::string const& expe
   }
   dcp::run_threads(ranks, [&](dcp::ThreadComm& world) {
     HeldTensors held{tensors, layouts(tensors, ranks, turn), world.rank(), true};
-    Values values{world.rank()};
+    Values values{world.rank(), all};
     dcp::StateDict with_values;
     values.add_to(with_values);
     for (auto const& entry : with_values.entries()) held.state.add_value("values." + entry.name, entry.value);
@@ -205,7 +213,7 @@ void save(std::string const& place, int ranks, int turn, std::string const& expe
 
 // ---- copy
 
-using Variable = std::variant<bool, std::int64_t, double, std::string, std::vector<std::byte>, std::vector<bool>, std::vector<std::int64_t>, std::vector<double>, Json>;
+using Variable = std::variant<bool, std::int64_t, double, std::string, std::vector<std::byte>, std::vector<bool>, std::vector<std::int64_t>, std::vector<double>, nlohmann::ordered_json>;
 
 Variable variable_for(std::string const& name, dcp::Value const& value) {
   bool const array = value.kind == dcp::ValueKind::array;
@@ -216,18 +224,18 @@ Variable variable_for(std::string const& name, dcp::Value const& value) {
   }
   if (value.kind == dcp::ValueKind::text) return std::string{};
   if (value.kind == dcp::ValueKind::bytes) return std::vector<std::byte>{};
-  if (value.kind == dcp::ValueKind::json) return Json{};
+  if (value.kind == dcp::ValueKind::json) return nlohmann::ordered_json{};
   throw std::runtime_error{name + ": a " + std::string{to_string(value.kind)} + " of " + std::string{to_string(value.dtype)} + " in a checkpoint of PyTorch"};
 }
 
-void copy(std::string const& from, std::string const& paths_file, int ranks, std::string const& to) {
+void copy(std::string const& from, std::string const& paths_file, int ranks, int turn, std::string const& to) {
   dcp::SelfComm self;
   auto const whole = dcp::load_from_keys<dcp::TorchDcp>(self, from);
   Tensors const tensors = tensors_of(whole);
   Paths const paths = Json::parse(std::ifstream{paths_file}).get<Paths>();
   std::atomic<bool> complete{true};
   dcp::run_threads(ranks, [&](dcp::ThreadComm& world) {
-    HeldTensors held{tensors, layouts(tensors, ranks, 1), world.rank(), false};
+    HeldTensors held{tensors, layouts(tensors, ranks, turn), world.rank(), false};
     std::deque<Variable> variables;
     for (auto const& [name, value] : whole.values()) std::visit([&, &name = name](auto& variable) { held.state.add(name, variable); }, variables.emplace_back(variable_for(name, value)));
     dcp::load<dcp::TorchDcp>(world, from, held.state);
@@ -244,9 +252,9 @@ int main(int argc, char** argv) {
   auto const is = [&](char const* command, std::size_t count) { return arguments.size() == count && arguments[0] == command; };
   auto const number = [&](std::size_t at) { return std::atoi(arguments[at].c_str()); };
   try {
-    if (is("load", 3)) load(arguments[1], arguments[2]);
-    else if (is("save", 5)) save(arguments[1], number(2), number(3), arguments[4]);
-    else if (is("copy", 5)) copy(arguments[1], arguments[2], number(3), arguments[4]);
+    if (is("load", 4)) load(arguments[1], number(2), arguments[3]);
+    else if (is("save", 6)) save(arguments[1], number(2), number(3), arguments[4] == "all", arguments[5]);
+    else if (is("copy", 6)) copy(arguments[1], arguments[2], number(3), number(4), arguments[5]);
     else return std::cerr << "usage: see the first lines of torch_dcp_tool.cpp\n", 2;
   } catch (std::exception const& error) {
     std::cerr << error.what() << '\n';
