@@ -2,6 +2,7 @@
 """Checkpoints of torch.distributed.checkpoint: what PyTorch saves is read by us, what we save is read by PyTorch, and a training run goes on from
 our files as from its own. DCP_SEED=<seed> repeats other placements."""
 import collections
+import contextlib
 import ctypes
 import ctypes.util
 import io
@@ -13,6 +14,7 @@ import os
 import pathlib
 import pickle
 import random
+import shutil
 import struct
 import warnings
 import zipfile
@@ -48,6 +50,17 @@ def tool(*arguments, where):
         interop.tool(*arguments, program="torch_dcp_tool")
     except AssertionError as error:
         raise AssertionError(f"{where}: {error}") from None
+
+
+@contextlib.contextmanager
+def during(where):
+    """Says where PyTorch itself failed."""
+    try:
+        yield
+    except AssertionError:
+        raise
+    except BaseException as error:   # CheckpointException is no Exception
+        raise AssertionError(f"{where}: {error!r}") from error
 
 
 def quiet():
@@ -196,13 +209,15 @@ def wholes(state):
 
 
 def every_dtype():
-    for number, (name, dtype) in enumerate(ALL_DTYPES.items()):
+    """Names, dtypes and shapes. Pairs of F4 have no scalars with us."""
+    for name, dtype in ALL_DTYPES.items():
         for shape in ((7, 6), (2, 8), (11,), (3, 5, 4), (), (1, 1), (0, 4), (5, 0)):
-            yield number, f"{name}.{'x'.join(map(str, shape)) or 'scalar'}", dtype, shape
+            if shape or name != "F4":
+                yield f"{name}.{'x'.join(map(str, shape)) or 'scalar'}", dtype, shape
 
 
 def tensors_of_every_dtype(ranks, directory, seed):
-    state = {name: some_tensor(name, dtype, shape) for _, name, dtype, shape in every_dtype() if not (dtype == torch.float4_e2m1fn_x2 and not shape)}
+    state = {name: some_tensor(name, dtype, shape) for name, dtype, shape in every_dtype()}
     dcp.save(state, checkpoint_id=directory)
     return state
 
@@ -212,9 +227,7 @@ def dtensors(ranks, directory, seed):
     choose = random.Random(seed)
     meshes = [init_device_mesh("cpu", shape) for shape in ((ranks,), (2, ranks // 2) if ranks > 1 else (1, 1), (1, ranks))]
     state, whole = {}, {}
-    for _, name, dtype, shape in every_dtype():
-        if dtype == torch.float4_e2m1fn_x2 and not shape:
-            continue
+    for name, dtype, shape in every_dtype():
         whole[name] = some_tensor(name, dtype, shape)
         mesh = choose.choice(meshes)
         placements = [choose.choice([Replicate()] + [Shard(dim) for dim in range(len(shape))]) for _ in range(mesh.ndim)]
@@ -454,7 +467,7 @@ def write_theirs(rank, directory, seed):
         place = directory / where.replace(" ", "-")
         try:
             leaves = case(ranks, place, seed)
-        except BaseException as error:
+        except BaseException as error:   # CheckpointException is no Exception
             raise AssertionError(f"{where}: PyTorch does not save: {error!r}") from error
         if rank == 0:
             torch.save((where, {name: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for name, leaf in leaves.items()}), place.with_suffix(".pt"))
@@ -473,6 +486,11 @@ def kept(value, top=True):
     return value
 
 
+def values_of(found):
+    """What the program says of values, spelled as value_facts does."""
+    return {name: value | {"json": json.dumps(json.loads(value["json"]), sort_keys=True)} for name, value in found["values"].items()}
+
+
 def we_read_theirs(directory, seed):
     for ranks in (1, 2, 4):
         place = directory / f"theirs-{ranks}"
@@ -486,11 +504,10 @@ def we_read_theirs(directory, seed):
             found = read_json(directory / "found.json")
             check(found["foreign"], f"{where}: nobody but us writes a commit record")
             check_equal(found["tensors"], {name: facts(leaf) for name, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}, where)
-            for value in found["values"].values():
-                value["json"] = json.dumps(json.loads(value["json"]), sort_keys=True)
-            check_equal(found["values"], {name: value_facts(leaf) for name, leaf in leaves.items() if not isinstance(leaf, torch.Tensor)}, where)
+            check_equal(values_of(found), {name: value_facts(leaf) for name, leaf in leaves.items() if not isinstance(leaf, torch.Tensor)}, where)
             copy, paths = copied(checkpoint, 1 + number % 4, seed % 1000, directory, where)
-            back = flat(_load_state_dict_from_keys(checkpoint_id=copy), paths)
+            with during(f"{where}, copied by us"):
+                back = flat(_load_state_dict_from_keys(checkpoint_id=copy), paths)
             check_leaves(back, {name: kept(leaf) for name, leaf in leaves.items()}, f"{where}, copied by us, loaded by PyTorch")
 
 
@@ -562,26 +579,28 @@ def check_leaves(found, leaves, where):
     """Whole tensors and values under their flat names."""
     check(set(found) == set(leaves), f"{where}: other names: {sorted(set(found) ^ set(leaves))[:5]}")
     for name, wanted in leaves.items():
-        check(same_object(found[name], wanted), f"{where}: {name} is {found[name]!r}, expected {wanted!r}")
+        check(same_object(found[name], wanted), f"{where}: {name} is {found[name]!r:.300}, expected {wanted!r:.300}")
 
 
 def check_metadata(ours):
-    reader = FileSystemReader(ours.place)
-    metadata = reader.read_metadata()
-    # With a plan for every rank, so that volumes are looked at, too.
-    check(_validate_global_plan([None] * max(2, ours.ranks), metadata) == [], f"{ours.where}: PyTorch finds fault with the plan: {_validate_global_plan([None] * 2, metadata)}")
-    check({name: list(path) for name, path in metadata.planner_data.items()} == ours.paths, f"{ours.where}: other paths: {[pair for pair in metadata.planner_data.items() if list(pair[1]) != ours.paths.get(pair[0])][:5]}")
+    with during(f"{ours.where}, its metadata"):
+        metadata = FileSystemReader(ours.place).read_metadata()
+        faults = _validate_global_plan([None] * max(2, ours.ranks), metadata)   # of one plan it does not look at the volumes
+    check(faults == [], f"{ours.where}: PyTorch finds fault with the plan: {faults}")
+    paths = {name: list(path) for name, path in metadata.planner_data.items()}
+    check_equal(paths, ours.paths, f"{ours.where}, the names in names")
     check(set(metadata.state_dict_metadata) == set(ours.leaves), f"{ours.where}: other names: {sorted(set(metadata.state_dict_metadata) ^ set(ours.leaves))[:5]}")
+    stored = collections.defaultdict(dict)
+    for index in metadata.storage_data:
+        stored[index.fqn][index.index] = index.offset
     for name, entry in metadata.state_dict_metadata.items():
         if name in ours.values:
-            check(isinstance(entry, BytesStorageMetadata), f"{ours.where}: {name} is {entry}")
+            check(isinstance(entry, BytesStorageMetadata) and stored[name] == {None: None}, f"{ours.where}: {name} is {entry}, stored as {stored[name]}")
             continue
         whole = ours.tensors[name]
         check(isinstance(entry, TensorStorageMetadata) and (entry.properties.dtype, entry.size) == (whole.dtype, whole.shape), f"{ours.where}: {name} is {entry}")
         check(sum(chunk.sizes.numel() for chunk in entry.chunks) == whole.numel(), f"{ours.where}: {name} has the chunks {entry.chunks}")
-        for number, chunk in enumerate(entry.chunks):
-            indexes = [index for index in metadata.storage_data if index.fqn == name and index.offset == chunk.offsets]
-            check([index.index for index in indexes] == [number], f"{ours.where}: {name}: chunk {number} is stored as {indexes}")
+        check(stored[name] == {number: chunk.offsets for number, chunk in enumerate(entry.chunks)}, f"{ours.where}: {name} has the chunks {entry.chunks}, stored as {stored[name]}")
     return metadata
 
 
@@ -600,28 +619,43 @@ def loads_with_weights_only(value):
 def check_archives(ours, metadata):
     """Each is one that unzip and torch.load take by themselves."""
     files = {path.name: path.read_bytes() for path in ours.place.glob("*.distcp")}
-    used = dict.fromkeys(files, 0)
+    used = {name: {} for name in files}   # by offset: tied tensors are one archive
     for index, place in metadata.storage_data.items():
         where = f"{ours.where}: the archive of {index.fqn} at {place}"
         blob = files[place.relative_path][place.offset:place.offset + place.length]
-        used[place.relative_path] += place.length
-        with zipfile.ZipFile(io.BytesIO(blob)) as archive:
-            check(archive.testzip() is None, f"{where}: a CRC-32 is wrong")
-        if index.fqn in ours.values:
+        used[place.relative_path][place.offset] = place.length
+        with during(where):
+            with zipfile.ZipFile(io.BytesIO(blob)) as archive:
+                check(archive.testzip() is None, f"{where}: a CRC-32 is wrong")
             found = torch.load(io.BytesIO(blob), weights_only=index.fqn not in NOT_PLAIN)
+        if index.fqn in ours.values:
             if index.fqn in NOT_PLAIN:
                 check(not loads_with_weights_only(ours.values[index.fqn]), f"{where}: its kind loads with weights_only, now")
             check(same_object(found, ours.values[index.fqn]), f"{where} is {found!r}, expected {ours.values[index.fqn]!r}")
             continue
-        found, whole = torch.load(io.BytesIO(blob), weights_only=True), ours.tensors[index.fqn]
+        whole = ours.tensors[index.fqn]
         chunk = metadata.state_dict_metadata[index.fqn].chunks[index.index]
         check((found.dtype, found.shape) == (whole.dtype, chunk.sizes), f"{where} has {found.dtype} of {found.shape}")
         check(tensor_bytes(found) == part_of(whole, chunk.sizes, chunk.offsets), f"{where} has other bytes")
-    check({name: len(content) for name, content in files.items()} == used, f"{ours.where}: bytes of no archive")
+    check({name: len(content) for name, content in files.items()} == {name: sum(lengths.values()) for name, lengths in used.items()}, f"{ours.where}: bytes of no archive")
+
+
+def check_own_reading(ours, directory):
+    """We read it, and what is left of it without our own files beside PyTorch's."""
+    bare = ours.place.with_name(f"{ours.place.name}-bare")
+    shutil.copytree(ours.place, bare, ignore=shutil.ignore_patterns("dcp.*"))
+    for place, foreign in ((ours.place, False), (bare, True)):
+        where = f"{ours.where}, {'without' if foreign else 'with'} the commit record"
+        tool("load", place, 3, directory / "found.json", where=where)
+        found = read_json(directory / "found.json")
+        check(found["foreign"] == foreign, f"{where}: foreign is {found['foreign']}")
+        check_equal(found["tensors"], {name: facts(tensor) for name, tensor in ours.tensors.items()}, where)
+        if foreign:
+            check_equal(values_of(found), {name: value_facts(value) for name, value in ours.values.items()}, where)
 
 
 def read_ours(rank, all_of_ours, seed):
-    """Into shards, plain tensors and values; without a state to fill, too."""
+    """Into shards, plain tensors and values."""
     quiet()
     ranks = dist.get_world_size()
     choose = random.Random(seed + ranks)
@@ -638,13 +672,11 @@ def read_ours(rank, all_of_ours, seed):
                 sizes, _ = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
                 leaves[name] = DTensor.from_local(unread(whole.dtype, sizes), mesh, placements, run_check=False, shape=whole.shape, stride=torch.empty(whole.shape, device="meta").stride())
         state = nest(leaves, ours.paths)
-        dcp.load(state, storage_reader=FileSystemReader(ours.place))
-        for name, path in ours.paths.items():
-            found = state
-            for part in path:
-                found = found[part]
+        with during(where):
+            dcp.load(state, storage_reader=FileSystemReader(ours.place))
+        for name, found in flat(state, ours.paths).items():
             if name in ours.values:
-                check(same_object(found, ours.values[name]), f"{where}: {name} is {found!r}, expected {ours.values[name]!r}")
+                check(same_object(found, ours.values[name]), f"{where}: {name} is {found!r:.300}, expected {ours.values[name]!r:.300}")
             elif isinstance(found, DTensor):
                 box = compute_local_shape_and_global_offset(found.shape, found.device_mesh, found.placements)
                 check(tensor_bytes(found.to_local()) == part_of(ours.tensors[name], *box), f"{where}: {name} as {found.placements} on {found.device_mesh.shape} differs at rank {rank}")
@@ -656,15 +688,17 @@ def theirs_read_ours(directory, seed):
     all_of_ours = [Ours(directory, ranks, seed) for ranks in (1, 2, 3, 4)]
     for ours in all_of_ours:
         check_archives(ours, check_metadata(ours))
-        state = _load_state_dict_from_keys(checkpoint_id=ours.place)
+        check_own_reading(ours, directory)
+        with during(ours.where):
+            state = _load_state_dict_from_keys(checkpoint_id=ours.place)
+            some = _load_state_dict_from_keys({"optimizer.state"}, checkpoint_id=ours.place)
+            dcp_to_torch_save(ours.place, directory / "whole.pt")
+            with torch.serialization.safe_globals([bytes]):   # torch.save writes b"" as a call of it
+                whole = torch.load(directory / "whole.pt", weights_only=ours.plain)
         check_leaves(flat(state, ours.paths), ours.leaves, f"{ours.where}, without a state to fill")
         names = dict.fromkeys(ours.paths)
         check(levels(state, ours.paths) == nest(names, ours.paths), f"{ours.where}: the state that PyTorch makes of it is nested otherwise")
-        some = _load_state_dict_from_keys({"optimizer.state"}, checkpoint_id=ours.place)
         check(list(some) == ["optimizer"] and list(some["optimizer"]) == ["state"] and len(some["optimizer"]["state"]) > 10, f"{ours.where}: optimizer.state selects {list(some)}")
-        dcp_to_torch_save(ours.place, directory / "whole.pt")
-        with torch.serialization.safe_globals([bytes]):   # torch.save writes b"" as a call of it
-            whole = torch.load(directory / "whole.pt", weights_only=ours.plain)
         check_leaves(flat(whole, ours.paths), ours.leaves, f"{ours.where}, after dcp_to_torch_save")
     for ranks in (2, 4):
         on_ranks(ranks, read_ours, directory, all_of_ours, seed)
@@ -735,7 +769,8 @@ def goes_on(directory):
         model, chosen = run_of(optimizer)
         train(model, chosen, range(7, 8), 6)
         loaded = {"model": model.state_dict(), "optimizer": chosen.state_dict(), "step": 0, "rng": torch.zeros_like(state["rng"]), "history": None}
-        dcp.load(loaded, checkpoint_id=copy)
+        with during(f"{name}, saved by us on {ranks} ranks"):
+            dcp.load(loaded, checkpoint_id=copy)
         model.load_state_dict(loaded["model"])
         chosen.load_state_dict(loaded["optimizer"])
         groups = chosen.state_dict()["param_groups"]
@@ -769,7 +804,8 @@ def second_half(rank, place, wanted):
     train(model, optimizer, range(7, 8), 6)
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=place)
+    with during("FSDP on 2 ranks, saved by us"):
+        dcp.load(state, checkpoint_id=place)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     check(same_object(optimizer.param_groups[0]["betas"], (0.9, 0.999)), f"betas are {optimizer.param_groups[0]['betas']}")
     found = train(model, optimizer, range(3, 6), 6)

@@ -17,6 +17,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <deque>
@@ -185,6 +186,11 @@ void save(std::string const& place, int ranks, int turn, bool all, std::string c
   add("größe.重み 🚀 \"quoted\\\"", DType::f32, {5});
   if (all)
     for (int i = 0; i < 1100; ++i) add("many." + std::to_string(i), DType::i16, {3});
+  // One tensor under three names, in its memory and declared.
+  WholeTensor const embedding = made_tensor("tied.embed.weight", DType::bf16, {30, 7});
+  tensors.push_back(embedding);
+  paths[embedding.name] = {"tied", "embed.weight"};
+  paths["tied.head.weight"] = {"tied", "head.weight"};
   Values names{0, all};
   dcp::StateDict of_values;
   names.add_to(of_values);
@@ -199,8 +205,16 @@ void save(std::string const& place, int ranks, int turn, bool all, std::string c
     dcp::StateDict with_values;
     values.add_to(with_values);
     for (auto const& entry : with_values.entries()) held.state.add_value("values." + entry.name, entry.value);
-    dcp::save<dcp::TorchDcp>(world, place, nested(held.state, paths));
+    dcp::TensorEntry const& tied = *std::find_if(held.state.entries().begin(), held.state.entries().end(), [&](auto const& entry) { return entry.name == embedding.name; })->tensor;
+    held.state.add_tensor("tied.head.weight", tied.dtype, tied.layout, tied.memory);
+    dcp::StateDict state = nested(held.state, paths);
+    state.tie("declared", embedding.name);
+    dcp::save<dcp::TorchDcp>(world, place, state);
   });
+  for (auto const* const name : {"tied.head.weight", "declared"}) {
+    tensors.push_back(embedding);
+    tensors.back().name = name;
+  }
   Json json = {{"tensors", facts(tensors)}, {"paths", paths}, {"order", Json::array()}};
   std::ofstream raw{expected + ".raw", std::ios::binary};
   for (auto const& tensor : tensors) {
