@@ -35,6 +35,19 @@ TEST_CASE("find_ties: the same memory under several names is one tensor, kept un
   CHECK(find_ties(StateDict{}, 0).empty());
 }
 
+TEST_CASE("find_ties: a tie knows where the levels of its name meet, found or declared, also after a journey as bytes") {
+  std::vector<float> memory(12);
+  TensorView<float> const w{memory, {3, 4}};
+  StateDict state{{"a", {{"w", w}}}, {"b", {{"c", {{"x.w", w}}}}}};
+  CHECK(find_ties(state, 0) == List{{"b.c.x.w", "a.w", {1, 3}}});
+  StateDict model{{"w", w}};
+  model.tie("head.w", "w");
+  StateDict const nested{{"model", model}};
+  Schema const schema = local_schema(nested, false);
+  CHECK(schema.ties == List{{"model.head.w", "model.w", {5}}});
+  CHECK(decode_schema(encode(schema)).ties == schema.ties);
+}
+
 TEST_CASE("find_ties: sharded tensors are tied where their layouts are equal") {
   std::vector<float> memory(10);
   DeviceMesh<1> const mesh{Ranks{1, 4}, {4}};

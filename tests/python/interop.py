@@ -20,6 +20,8 @@ NAMES = {
     torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ", torch.float4_e2m1fn_x2: "F4",
 }
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
+NAMES |= {torch.complex32: "C32", torch.complex128: "C128"}   # which safetensors lacks
+ALL_DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 def tool(*arguments, program="interop_tool"):

@@ -39,7 +39,7 @@ template <class = Deferred>
 std::vector<Tie> agree_ties(CommRef comm, std::string_view phase, StateDict const& state, std::vector<Tie> mine) {
   detail::sort(mine);
   ByteWriter message;
-  for (auto const& tie : mine) message.text(tie.dropped).text(tie.kept);
+  for (auto const& tie : mine) put(message, tie);
   auto const digests = all_gather_value(comm, crc64(message.bytes()));
   if (std::equal(digests.begin() + 1, digests.end(), digests.begin())) return mine;
   std::vector<Tie> all;
@@ -47,8 +47,7 @@ std::vector<Tie> agree_ties(CommRef comm, std::string_view phase, StateDict cons
   auto const messages = all_gather_bytes(comm, message.bytes());
   for (std::size_t r = 0; r < messages.size(); ++r)
     for (ByteReader in{messages[r]}; !in.done();) {
-      Tie tie;
-      tie.dropped = in.text(), tie.kept = in.text();
+      Tie tie = take_tie(in);
       if (!in.ok()) break;
       if (std::find(all.begin(), all.end(), tie) == all.end()) all.push_back(std::move(tie)), from.push_back(static_cast<int>(r));
     }

@@ -73,7 +73,7 @@ class StoredState {
       if (tensor == nullptr || !selected(tie.dropped, only) || catalog.find_tensor(tie.dropped) != nullptr) continue;
       auto const [kept, fresh] = first.try_emplace(tie.kept, selected(tie.kept, only) ? tie.kept : tie.dropped);
       if (fresh && kept->second == tie.dropped) add(tie.dropped, *tensor);
-      else state_.tie(tie.dropped, kept->second);
+      else state_.add_tie(tie.dropped, kept->second).joints = catalog.joints_of(tie.dropped);
     }
     for (auto const& [name, value] : catalog.values) {
       if (!selected(name, only)) continue;

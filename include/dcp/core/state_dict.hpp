@@ -211,8 +211,7 @@ class StateDict {
   /// found to be tied without a declaration.
   template <class = Deferred>
   StateDict& tie(std::string name, std::string kept) {
-    StateEntry& entry = insert(std::move(name), StateEntry::Kind::tie);
-    entry.tie.kept = std::move(kept);
+    add_tie(std::move(name), std::move(kept));
     return *this;
   }
 
@@ -235,6 +234,12 @@ class StateDict {
     StateEntry& entry = insert(std::move(name), StateEntry::Kind::tensor);
     auto* const address = reinterpret_cast<std::byte*>(const_cast<TensorSource*>(source.get()));   // of which only differences are taken
     entry.tensor = std::make_unique<TensorEntry>(TensorEntry{dtype, plain_layout(shape), {address, row_major_strides(shape)}, std::move(source)});
+    return entry;
+  }
+  template <class = Deferred>
+  StateEntry& add_tie(std::string name, std::string kept) {
+    StateEntry& entry = insert(std::move(name), StateEntry::Kind::tie);
+    entry.tie.kept = std::move(kept);
     return entry;
   }
   template <class = Deferred>

@@ -36,6 +36,7 @@ struct SchemaEntry {
 /// `dropped` is stored as `kept`.
 struct Tie {
   std::string dropped, kept;
+  NameJoints joints{};   // of the dropped name; without StateDict's marks. Not known of ties that were read
   friend bool operator==(Tie const&, Tie const&) = default;
   friend auto operator<=>(Tie const&, Tie const&) = default;
 };
@@ -86,6 +87,30 @@ Layout decode_layout(ByteReader& in, RangesByDigest const& ranges) {
 }
 }  // namespace detail
 
+/// Joints and ties in a message, and out of it.
+template <class = Deferred>
+void put(ByteWriter& out, NameJoints const& joints) {
+  out.number(static_cast<std::uint8_t>(joints.size()));
+  for (auto const joint : joints) out.number(joint);
+}
+template <class = Deferred>
+NameJoints take_joints(ByteReader& in) {
+  NameJoints joints;
+  for (auto count = in.number<std::uint8_t>(); count > 0 && in.ok(); --count) joints.push_back(in.number<std::uint32_t>());
+  return joints;
+}
+template <class = Deferred>
+void put(ByteWriter& out, Tie const& tie) {
+  out.text(tie.dropped).text(tie.kept);
+  put(out, tie.joints);
+}
+template <class = Deferred>
+Tie take_tie(ByteReader& in) {
+  Tie tie;
+  tie.dropped = in.text(), tie.kept = in.text(), tie.joints = take_joints(in);
+  return tie;
+}
+
 /// `values`: with the CRCs of values; without, 0 stands for each.
 template <class = Deferred>
 Bytes encode_entries(std::vector<SchemaEntry> const& entries, bool values) {
@@ -93,8 +118,7 @@ Bytes encode_entries(std::vector<SchemaEntry> const& entries, bool values) {
   out.number<std::uint64_t>(entries.size());
   for (auto const& entry : entries) {
     out.text(entry.name).number(entry.is_tensor).number(entry.dtype).number(entry.value_kind).number(entry.per_rank).number(values ? entry.value_crc : 0);
-    out.number(static_cast<std::uint8_t>(entry.joints.size()));
-    for (auto const joint : entry.joints) out.number(joint);
+    put(out, entry.joints);
     if (entry.is_tensor) detail::encode_layout(out, entry.layout);
   }
   return out.take();
@@ -108,7 +132,7 @@ Bytes encode(Schema const& schema) {
   out.number<std::uint64_t>(ranges.size());
   for (auto const& [digest, list] : ranges) out.number(digest).block(std::as_bytes(std::span{list.by_coordinate()}));
   out.raw(encode_entries(schema.entries, true)).number<std::uint64_t>(schema.ties.size());
-  for (auto const& tie : schema.ties) out.text(tie.dropped).text(tie.kept);
+  for (auto const& tie : schema.ties) put(out, tie);
   return out.take();
 }
 template <class = Deferred>
@@ -127,12 +151,11 @@ Schema decode_schema(ConstByteSpan bytes) {
     SchemaEntry& entry = schema.entries.emplace_back();
     entry.name = in.text(), entry.is_tensor = in.number<bool>(), entry.dtype = in.number<DType>(), entry.value_kind = in.number<ValueKind>();
     entry.per_rank = in.number<bool>(), entry.value_crc = in.number<std::uint64_t>();
-    for (auto joints = in.number<std::uint8_t>(); joints > 0 && in.ok(); --joints) entry.joints.push_back(in.number<std::uint32_t>());
+    entry.joints = take_joints(in);
     if (entry.is_tensor) entry.layout = detail::decode_layout(in, ranges);
   }
   for (auto count = in.number<std::uint64_t>(); count > 0 && in.ok(); --count) {
-    Tie& tie = schema.ties.emplace_back();
-    tie.dropped = in.text(), tie.kept = in.text();
+    schema.ties.push_back(take_tie(in));
   }
   return schema;
 }
@@ -176,6 +199,15 @@ Value value_now(StateEntry const& entry) {
   }
 }
 
+/// The joints of an entry's name, without StateDict's marks.
+template <class = Deferred>
+NameJoints unmarked_joints(StateEntry const& entry) {
+  NameJoints joints;
+  for (auto const joint : entry.joints)
+    if (joints.size() < UINT8_MAX) joints.push_back(joint & ~StateDict::joint_of_object);
+  return joints;
+}
+
 /// The schema of this rank's state, without ties found in memory. `with_values`: also the CRCs of values. `sorted`: of sorted_entries.
 template <class = Deferred>
 Schema local_schema(StateDict const& state, bool with_values, std::vector<std::size_t> const& sorted) {
@@ -184,13 +216,12 @@ Schema local_schema(StateDict const& state, bool with_values, std::vector<std::s
   for (auto const i : sorted) {
     StateEntry const& from = state.entries()[i];
     if (from.kind == StateEntry::Kind::tie) {
-      schema.ties.push_back({from.name, from.tie.kept});
+      schema.ties.push_back({from.name, from.tie.kept, unmarked_joints(from)});
       continue;
     }
     SchemaEntry& entry = schema.entries.emplace_back();
     entry.name = from.name;
-    for (auto const joint : from.joints)
-      if (entry.joints.size() < UINT8_MAX) entry.joints.push_back(joint & ~StateDict::joint_of_object);
+    entry.joints = unmarked_joints(from);
     if (from.tensor) {
       entry.dtype = from.tensor->dtype;
       entry.layout = from.tensor->layout;

@@ -90,7 +90,7 @@ std::vector<Tie> find_ties(StateDict const& state, std::int64_t rank) {
     bool tied = false;
     for (auto const* other : open) {
       if (detail::same_memory(*part.entry, *other->entry)) {
-        ties.push_back({part.entry->name, other->entry->name});
+        ties.push_back({part.entry->name, other->entry->name, unmarked_joints(*part.entry)});
         tied = true;
         break;
       }

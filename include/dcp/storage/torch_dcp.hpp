@@ -3,8 +3,8 @@
 // The checkpoints of torch.distributed.checkpoint (FileSystemWriter, FileSystemReader): .metadata, which says what lies where, and __<rank>_<n>.distcp, in which
 // every tensor chunk and every object is an archive of torch.save. Read as data: nothing in them is run.
 //
-// Written   one file per rank, with the boxes that it stores; objects are in that of rank 0. The commit record and the checksums lie beside them, and PyTorch does
-//           not look at them.
+// Written   one file per rank, with the boxes that it stores; objects are in that of rank 0. PyTorch knows no tied tensors: .metadata has both names, for the same
+//           archives. The commit record and the checksums lie beside them, and PyTorch does not look at them.
 
 #include <dcp/base/algorithms.hpp>
 #include <dcp/base/checksum.hpp>
@@ -113,6 +113,7 @@ class TorchDcpDriver final : public AnyStorage {
           problems.add(error.code(), name + ": " + error.message());
         }
       }
+    std::size_t const first_tensor = metadata.entries.size();
     Archives archives;
     for (std::uint32_t t = 0; t < request.tensors.size(); ++t) {
       TensorSpec const& tensor = request.tensors[t];
@@ -139,6 +140,15 @@ class TorchDcpDriver final : public AnyStorage {
       }
     }
     problems.raise();
+    if (all)
+      for (auto const& tie : request.ties) {
+        auto const kept = std::lower_bound(request.tensors.begin(), request.tensors.end(), tie.kept, [](TensorSpec const& tensor, std::string const& name) { return tensor.name < name; });
+        if (kept == request.tensors.end() || kept->name != tie.kept) continue;   // encoded, and so nothing that PyTorch reads
+        torch::MetadataEntry entry = metadata.entries[first_tensor + static_cast<std::size_t>(kept - request.tensors.begin())];
+        entry.name = tie.dropped;
+        metadata.entries.push_back(std::move(entry));
+        joints.push_back(tie.joints);
+      }
     file.size = ends[0];
     if (file.size > 0) plan.files.push_back(std::move(file));
     if (all) plan.commit_files.emplace_back(std::string{metadata_name}, torch::write_metadata(metadata, joints));
@@ -233,8 +243,13 @@ class TorchDcpDriver final : public AnyStorage {
       else return last;
       return nullptr;
     };
+    std::vector<std::string> tied;   // as the commit record has them
+    if (record != nullptr)
+      for (auto const& [dropped, kept] : record->ties) tied.push_back(dropped);
+    detail::sort(tied);
     for (auto const& part : metadata.parts)
       for (auto const& entry : part.entries) {
+        if (sorted_contains(tied, entry.name)) continue;
         if (!entry.is_tensor) {
           file_of(entry.name, entry.place);
           continue;
