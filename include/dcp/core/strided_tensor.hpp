@@ -175,9 +175,9 @@ class StridedEncoding final : public Encoding {
 /// Whether elements at these strides lie in row-major order without gaps.
 template <class = Deferred>
 bool is_dense(Extents const& shape, std::vector<std::uint64_t> const& strides) {
+  if (shape.empty()) return true;
   std::uint64_t expected = 1;
   for (int d = shape.rank(); d-- > 0;) {
-    if (shape[d] == 0) return true;
     if (shape[d] > 1 && strides[static_cast<std::size_t>(d)] != expected) return false;
     expected *= static_cast<std::uint64_t>(shape[d]);
   }
