@@ -8,6 +8,8 @@
 
 #include "formats/golden.hpp"
 #include "support/allocation_counts.hpp"
+#include "support/campaign.hpp"
+#include "support/generate.hpp"
 #include "support/python_values.hpp"
 #include "support/temporary_directory.hpp"
 
@@ -634,6 +636,71 @@ TEST_CASE("archives with the most significant byte first, conjugate and negative
           CHECK(std::equal(row.begin(), row.end(), begin));
         });
       }
+  }
+}
+
+TEST_CASE("law: views at any strides, over a storage that ends with their last element or goes on, load whole, in boxes of two ranks, and cast") {
+  std::uint64_t const base_seed = dcp::test::first_seed();
+  for (int round = 0; round < dcp::test::rounds(400, 8000); ++round) {
+    std::uint64_t const seed = base_seed + static_cast<std::uint64_t>(round);
+    CAPTURE(seed);
+    dcp::test::Random random{seed};
+    std::vector<std::int64_t> shape, strides;
+    std::int64_t const first = random.between(0, 3);
+    std::int64_t last = first;
+    for (auto rank = random.between(1, 3); rank > 0; --rank) {
+      shape.push_back(random.between(1, 5));
+      strides.push_back(random.any_of(std::vector<std::int64_t>{0, 1, 2, 3, 5, 8, 16, 40, 1000}));
+      last += (shape.back() - 1) * strides.back();
+    }
+    std::int64_t const count = last + 1 + (random.one_in(2) ? 0 : random.between(0, 50));
+    auto const data = floats(0, static_cast<int>(count));
+    V tensor = tensor_of();
+    tensor.parts[0] = storage_of("FloatStorage", count);
+    tensor.parts[1] = V::number(first);
+    tensor.parts[2] = tensor.parts[3] = V::tuple();
+    for (auto const size : shape) tensor.parts[2].parts.push_back(V::number(size));
+    for (auto const stride : strides) tensor.parts[3].parts.push_back(V::number(stride));
+    std::vector<std::int64_t> const zeros(shape.size(), 0);
+    auto const archive = archive_of(records_of(tensor, data));
+    V places{.kind = Kind::dict};
+    places.parts = {index_of("w", &zeros), place_of("__0_0.distcp", 0, archive.size())};
+    V metadata = good_metadata();
+    metadata["state_dict_metadata"] = V::dict({{"w", tensor_metadata(shape, {chunk_of(zeros, shape)})}});
+    metadata["storage_data"] = places;
+    TemporaryDirectory directory;
+    write(directory / ".metadata", metadata.pickled());
+    write(directory / "__0_0.distcp", archive);
+    std::vector<float> wanted;
+    dcp::Extents const extents{shape};
+    dcp::test::for_each_element(dcp::Box::whole(extents), [&](dcp::Extents const& index) {
+      std::int64_t at = first;
+      for (int d = 0; d < index.rank(); ++d) at += index[d] * strides[static_cast<std::size_t>(d)];
+      wanted.push_back(static_cast<float>(at));
+    });
+    int const ranks = static_cast<int>(random.between(1, 2)), dim = static_cast<int>(random.between(0, extents.rank() - 1));
+    bool const cast = random.one_in(3), full = random.one_in(2);
+    dcp::run_threads(ranks, [&](dcp::ThreadComm& world) {
+      dcp::Layout layout;
+      layout.shape = layout.split_shape = extents;
+      layout.mesh = dcp::test::mesh_of({ranks});
+      layout.rules[0] = {dcp::RuleKind::shard, dim, -1};
+      auto const box = dcp::box_of_rank(layout, world.rank()).value();
+      auto const dtype = cast ? dcp::DType::f64 : dcp::DType::f32;
+      std::vector<double> wide(box.size() + 1, -1);
+      std::vector<float> narrow(box.size() + 1, -1);
+      dcp::StateDict state;
+      state.add_tensor("w", dtype, layout, {cast ? reinterpret_cast<std::byte*>(wide.data()) : reinterpret_cast<std::byte*>(narrow.data()), dcp::row_major_strides(box.shape)});
+      dcp::load<dcp::TorchDcp>(world, directory.path(), state, {.on_dtype = dcp::OnDType::cast, .verify = full ? dcp::Verify::full : dcp::Verify::standard});
+      bool same = true;
+      std::size_t i = 0;
+      dcp::test::for_each_element(box, [&](dcp::Extents const& index) {
+        float const value = wanted[static_cast<std::size_t>(dcp::test::linear(index, dcp::row_major_strides(extents)))];
+        same = same && (cast ? static_cast<float>(wide[i]) == value : narrow[i] == value);
+        ++i;
+      });
+      CHECK(same);
+    });
   }
 }
 
