@@ -3,7 +3,6 @@
 // The rows of PyTorch's test_restricted_metadata_unpickler.py, for any communicator. Include one of ranks_on_*.hpp before.
 
 #include <dcp/checkpoint/owned_state.hpp>
-#include <dcp/comm/self.hpp>
 #include <dcp/storage/torch_dcp.hpp>
 
 #include <doctest/doctest.h>
@@ -11,7 +10,6 @@
 #include <filesystem>
 #include <fstream>
 #include <string>
-#include <vector>
 
 namespace dcp::test {
 
