@@ -9,6 +9,7 @@
 #include <dcp/comm/threads.hpp>
 #include <dcp/media/memory.hpp>
 #include <dcp/storage/safetensors.hpp>
+#include <dcp/storage/torch_dcp.hpp>
 
 #include "support/campaign.hpp"
 #include "support/fault_medium.hpp"
@@ -30,8 +31,6 @@ namespace {
 using dcp::test::DropPolicy;
 using dcp::test::GenerationState;
 using dcp::test::RecordingMedium;
-template <class M>
-using On = dcp::BasicSafeTensors<M>;
 
 constexpr auto place = "run/ckpt";
 
@@ -111,8 +110,8 @@ struct RecordingThatMakesSpace : RecordingMedium {
   bool exchange_directories(std::string const& a, std::string const& b) { return RecordingMedium::publish_new(a, b) && RecordingMedium::create_directory(a); }
 };
 
-template <class M>
-void save_generation(int ranks, M& medium, std::uint64_t generation, dcp::IfExists if_exists, dcp::SafeTensorsOptions options = {}, std::int64_t rows = 1100) {
+template <template <class> class On = dcp::BasicSafeTensors, class M>
+void save_generation(int ranks, M& medium, std::uint64_t generation, dcp::IfExists if_exists, typename On<M>::Options const& options = {}, std::int64_t rows = 1100) {
   dcp::run_threads(ranks, [&](dcp::ThreadComm& world) {
     GenerationState state{world, rows};
     state.fill(generation);
@@ -121,6 +120,7 @@ void save_generation(int ranks, M& medium, std::uint64_t generation, dcp::IfExis
 }
 
 /// The generation that is found; 0 for nothing. Throws what load throws, and std::runtime_error for a mix.
+template <template <class> class On = dcp::BasicSafeTensors>
 std::uint64_t load_generation(int ranks, dcp::Memory const& disk, std::string const& from = place, std::int64_t rows = 1100) {
   std::atomic<std::uint64_t> found{0};
   auto const body = [&](auto& world) {
@@ -160,7 +160,7 @@ struct Experiment {
 };
 
 /// Stops the recorded save everywhere, in every way, and looks.
-template <class M>
+template <template <class> class On = dcp::BasicSafeTensors, class M>
 Findings crash_everywhere(M const& medium, Experiment const& experiment, std::uint64_t seed) {
   Findings findings;
   findings.steps = medium.length();
@@ -171,7 +171,7 @@ Findings crash_everywhere(M const& medium, Experiment const& experiment, std::ui
     bool const killed = policy.text() == DropPolicy::process_kill().text();
     std::uint64_t found = 0;
     try {
-      found = load_generation(killed && prefix % 3 == 0 ? 2 : 1, disk, place, experiment.rows);
+      found = load_generation<On>(killed && prefix % 3 == 0 ? 2 : 1, disk, place, experiment.rows);
     } catch (std::exception const& error) {
       findings.note(findings.lost, where + error.what());
       return;
@@ -186,7 +186,7 @@ Findings crash_everywhere(M const& medium, Experiment const& experiment, std::ui
         if (!sibling.record || !sibling.record->committed) {
           std::string loaded;
           try {
-            if (load_generation(1, disk, sibling.path, experiment.rows) != 0) loaded = "an open attempt was loaded";
+            if (load_generation<On>(1, disk, sibling.path, experiment.rows) != 0) loaded = "an open attempt was loaded";
           } catch (std::exception const&) {
             // Refused: by its record, or for want of files.
           }
@@ -197,15 +197,15 @@ Findings crash_everywhere(M const& medium, Experiment const& experiment, std::ui
     try {
       dcp::Memory first = disk.copy();
       try {
-        save_generation(2, first, 4, dcp::IfExists::fail, {}, experiment.rows);
+        save_generation<On>(2, first, 4, dcp::IfExists::fail, {}, experiment.rows);
         if (found != 0) findings.note(findings.wrong_after, where + "a checkpoint was overlooked by if_exists = fail");
-        if (load_generation(1, first, place, experiment.rows) != 4) findings.note(findings.wrong_after, where + "the next first save does not load");
+        if (load_generation<On>(1, first, place, experiment.rows) != 4) findings.note(findings.wrong_after, where + "the next first save does not load");
       } catch (dcp::Error const& error) {
         if (error.code() != dcp::ErrorCode::already_exists || found == 0) throw;
-        if (load_generation(1, first, place, experiment.rows) != found || first.kind(place) != dcp::EntryKind::directory) findings.note(findings.wrong_after, where + "the refused save changed what is there");
+        if (load_generation<On>(1, first, place, experiment.rows) != found || first.kind(place) != dcp::EntryKind::directory) findings.note(findings.wrong_after, where + "the refused save changed what is there");
       }
-      save_generation(2, disk, 5, dcp::IfExists::replace, {}, experiment.rows);
-      if (load_generation(1, disk, place, experiment.rows) != 5) findings.note(findings.wrong_after, where + "the next save does not load");
+      save_generation<On>(2, disk, 5, dcp::IfExists::replace, {}, experiment.rows);
+      if (load_generation<On>(1, disk, place, experiment.rows) != 5) findings.note(findings.wrong_after, where + "the next save does not load");
       if (disk.list("run").size() != 1) findings.note(findings.wrong_after, where + "the next save leaves " + std::to_string(disk.list("run").size()) + " entries");
     } catch (std::exception const& error) {
       findings.note(findings.wrong_after, where + "the next save: " + error.what());
@@ -215,14 +215,14 @@ Findings crash_everywhere(M const& medium, Experiment const& experiment, std::ui
 }
 
 /// Records a first save (old_generation 0) or a replacement, and stops it everywhere.
-template <class M>
-Findings run(int ranks, Experiment experiment, dcp::SafeTensorsOptions const& options = {}) {
+template <class M, template <class> class On = dcp::BasicSafeTensors>
+Findings run(int ranks, Experiment experiment, typename On<M>::Options const& options = {}) {
   dcp::Memory start;
   start.create_directories("run");
-  if (experiment.old_generation != 0) save_generation(1, start, experiment.old_generation, dcp::IfExists::fail, {}, experiment.rows);
+  if (experiment.old_generation != 0) save_generation<On>(1, start, experiment.old_generation, dcp::IfExists::fail, {}, experiment.rows);
   M medium{start};
-  save_generation(ranks, medium, experiment.new_generation, dcp::IfExists::replace, options, experiment.rows);
-  return crash_everywhere(medium, experiment, 20260300);
+  save_generation<On>(ranks, medium, experiment.new_generation, dcp::IfExists::replace, options, experiment.rows);
+  return crash_everywhere<On>(medium, experiment, 20260300);
 }
 
 void check_nothing_lost(Findings findings, Experiment const& experiment) {
@@ -250,6 +250,16 @@ TEST_CASE("save: a replacement that stops anywhere leaves the old checkpoint or 
     Experiment const experiment{.old_generation = 1, .rows = ranks == 3 ? 1100 : 20};
     check_nothing_lost(run<RecordingMedium>(ranks, experiment), experiment);
   }
+}
+
+TEST_CASE("save: a checkpoint of PyTorch's format, first or a replacement, that stops anywhere leaves the old checkpoint or the new one") {
+  for (int const ranks : {1, 3})
+    for (std::uint64_t const old_generation : {0u, 1u}) {
+      CAPTURE(ranks);
+      CAPTURE(old_generation);
+      Experiment const experiment{.old_generation = old_generation, .rows = 20};
+      check_nothing_lost(run<RecordingMedium, dcp::BasicTorchDcp>(ranks, experiment), experiment);
+    }
 }
 
 TEST_CASE("save: where directories cannot be exchanged, a replacement that stops anywhere still leaves the old checkpoint or the new one") {
@@ -347,7 +357,7 @@ TEST_CASE("remove: one that stops anywhere leaves the checkpoint or none, never 
   REQUIRE(both.has_value());
   RecordingMedium medium{*both};
   dcp::SelfComm self;
-  dcp::remove<On<RecordingMedium>>(self, {medium, place});
+  dcp::remove<dcp::BasicSafeTensors<RecordingMedium>>(self, {medium, place});
   std::map<std::string, int> outcomes;
   medium.for_each_crash(dcp::test::crash_policies(3, 20), [&](dcp::Memory const& disk, std::size_t prefix, DropPolicy policy) {
     std::string outcome;

@@ -11,6 +11,7 @@
 #include <dcp/media/local_fs.hpp>
 #include <dcp/media/memory.hpp>
 #include <dcp/storage/safetensors.hpp>
+#include <dcp/storage/torch_dcp.hpp>
 
 #include "support/fault_medium.hpp"
 #include "support/generations.hpp"
@@ -90,22 +91,22 @@ std::string disagreement(Outcomes const& outcomes) {
   return "";
 }
 
-template <class Store>
+template <template <class> class On = dcp::BasicSafeTensors, class Store>
 void save_plain(Store const& store, std::uint64_t generation) {
   dcp::SelfComm self;
   GenerationState state{self, rows};
   state.fill(generation);
-  dcp::save<dcp::BasicSafeTensors<Store>>(self, {store, place}, state, {.if_exists = dcp::IfExists::replace, .threads = 1});
+  dcp::save<On<Store>>(self, {store, place}, state, {.if_exists = dcp::IfExists::replace, .threads = 1});
 }
 
 /// 0 if nothing is there; throws for anything that is neither that nor a whole generation.
-template <class Store>
+template <template <class> class On = dcp::BasicSafeTensors, class Store>
 std::uint64_t found_in(Store const& store) {
   dcp::SelfComm self;
   GenerationState state{self, rows};
   state.scribble();
   try {
-    dcp::load<dcp::BasicSafeTensors<Store>>(self, {store, place}, state);
+    dcp::load<On<Store>>(self, {store, place}, state);
   } catch (dcp::Error const& error) {
     if (error.code() == dcp::ErrorCode::not_found) return 0;
     throw;
@@ -133,7 +134,7 @@ void save_as(How how, dcp::ThreadComm& world, dcp::place_of<S> const& where, dcp
 }
 
 /// Fails every call of every kind on every rank in turn, while three ranks save.
-template <class M, How how = How::in_front, class Store = dcp::Memory>
+template <class M, How how = How::in_front, class Store = dcp::Memory, template <class> class On = dcp::BasicSafeTensors>
 Tally fail_every_call_of_a_save(std::uint64_t old_generation, std::vector<int> const& errors, bool after = false) {
   using Medium = FaultMedium<M>;
   Tally tally;
@@ -143,13 +144,13 @@ Tally fail_every_call_of_a_save(std::uint64_t old_generation, std::vector<int> c
         for (std::uint64_t nth = 1;; ++nth) {
           Store store;
           store.create_directories("run");
-          if (old_generation != 0) save_plain(store, old_generation);
+          if (old_generation != 0) save_plain<On>(store, old_generation);
           Medium faulty{M{store}};
           faulty.add({.call = static_cast<Call>(call), .nth = nth, .system_error = system_error, .after = after});
           auto const outcomes = outcomes_of(3, [&](dcp::ThreadComm& world) {
             GenerationState state{world, rows};
             state.fill(2);
-            save_as<dcp::BasicSafeTensors<Medium>>(how, world, {world.rank() == victim ? faulty : Medium{M{store}}, place}, state,
+            save_as<On<Medium>>(how, world, {world.rank() == victim ? faulty : Medium{M{store}}, place}, state,
                                                    {.if_exists = dcp::IfExists::replace, .threads = 1, .visible_within = std::chrono::milliseconds{50}, .staging_bytes = 16 << 20});
           });
           if (faulty.hits() == 0) break;
@@ -159,7 +160,7 @@ Tally fail_every_call_of_a_save(std::uint64_t old_generation, std::vector<int> c
           CAPTURE(system_error);
           CHECK(disagreement(outcomes) == "");
           auto const& error = outcomes[0];
-          auto const found = found_in(store);
+          auto const found = found_in<On>(store);
           if (error) {
             ++tally.errors;
             tally.phases.insert(error->phase());
@@ -175,8 +176,8 @@ Tally fail_every_call_of_a_save(std::uint64_t old_generation, std::vector<int> c
             ++tally.successes;
             CHECK(found == 2);
           }
-          save_plain(store, 3);
-          CHECK(found_in(store) == 3);
+          save_plain<On>(store, 3);
+          CHECK(found_in<On>(store) == 3);
           CHECK(leftovers(store) == 0);
         }
   return tally;
@@ -186,6 +187,12 @@ Tally fail_every_call_of_a_save(std::uint64_t old_generation, std::vector<int> c
 
 TEST_CASE("save: any storage call that fails on any rank is one Error on all, with rank, phase, path and errno, and the old checkpoint stays") {
   auto const tally = fail_every_call_of_a_save<dcp::Memory>(1, {EIO});
+  CHECK(tally.errors > 40);
+  for (std::string const phase : {"save: attempt", "save: write", "save: commit", "save: publish"}) CHECK_MESSAGE(tally.phases.contains(phase), phase);
+}
+
+TEST_CASE("save: a storage call that fails in a save of PyTorch's format is one Error on all ranks, and the old checkpoint stays") {
+  auto const tally = fail_every_call_of_a_save<dcp::Memory, How::in_front, dcp::Memory, dcp::BasicTorchDcp>(1, {EIO});
   CHECK(tally.errors > 40);
   for (std::string const phase : {"save: attempt", "save: write", "save: commit", "save: publish"}) CHECK_MESSAGE(tally.phases.contains(phase), phase);
 }

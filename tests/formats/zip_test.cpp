@@ -2,7 +2,7 @@
 #include <dcp/formats/zip.hpp>
 
 #include "golden.hpp"
-#include "support/allocations.hpp"
+#include "support/allocation_counts.hpp"
 #include "support/generate.hpp"
 
 #include <doctest/doctest.h>

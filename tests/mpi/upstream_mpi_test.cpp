@@ -8,6 +8,7 @@
 #include "support/upstream_faults.hpp"
 #include "support/upstream_hf_safetensor_e2e.hpp"
 #include "support/upstream_hf_storage.hpp"
+#include "support/upstream_metadata.hpp"
 #include "support/upstream_planner.hpp"
 #include "support/upstream_quantized.hpp"
 #include "support/upstream_stager.hpp"

@@ -12,12 +12,14 @@
 #include <dcp/checkpoint/save.hpp>
 #include <dcp/comm/self.hpp>
 #include <dcp/storage/safetensors.hpp>
+#include <dcp/storage/torch_dcp.hpp>
 
 #include <doctest/doctest.h>
 
 #include <filesystem>
 #include <set>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include <unistd.h>
@@ -56,9 +58,16 @@ struct StatefulObject {
   StateDict state() { return {{"data", TensorView<float>{data, {10, 10}}}}; }
 };
 
+/// Calls visit(type of a storage, place) for safetensors and for PyTorch's own format, which is upstream's.
+template <class Visit>
+void in_each_storage(std::string const& directory, Visit visit) {
+  visit(std::type_identity<SafeTensors>{}, directory + "/ckpt");
+  visit(std::type_identity<TorchDcp>{}, directory + "/torch_dcp");
+}
+
 // `save`(state, train on): saves, and returns the place; with train on(), once the state may change, training goes on.
-template <class Strategy, class C, class Save>
-void save_and_load(C& world, Save save) {
+template <class Strategy, class S, class C, class Save>
+void save_and_load_with(C& world, Save save) {
   // The reference: one process alone, two steps.
   SelfComm alone;
   auto reference = dummy<Ddp>(alone);
@@ -80,7 +89,7 @@ void save_and_load(C& world, Save save) {
   StatefulObject loaded_object{18};
   TrainState loaded_state;
   CHECK(loaded.gather(world) != reference.gather(alone));
-  dcp::load<SafeTensors>(world, place, {{"model", loaded}, {"optimizer", loaded_optimizer}, {"s", loaded_object}, {"train_state", loaded_state}});
+  dcp::load<S>(world, place, {{"model", loaded}, {"optimizer", loaded_optimizer}, {"s", loaded_object}, {"train_state", loaded_state}});
 
   CHECK(loaded_object.data == object.data);
   CHECK(loaded_state == saved);
@@ -93,7 +102,7 @@ void save_and_load(C& world, Save save) {
   // Upstream compares optimizers by loading the state into a plain one.
   auto plain_model = dummy<Ddp>(alone, 2);
   Adam<Ddp> plain_optimizer{alone, plain_model, 0.3f};
-  dcp::load<SafeTensors>(alone, place, {{"optimizer", plain_optimizer}}, {.on_unexpected = OnUnexpected::ignore});
+  dcp::load<S>(alone, place, {{"optimizer", plain_optimizer}}, {.on_unexpected = OnUnexpected::ignore});
   CHECK(plain_optimizer.gather(alone) == reference_optimizer.gather(alone));
   CHECK(plain_optimizer.learning_rate == reference_optimizer.learning_rate);
   CHECK(plain_optimizer.betas == reference_optimizer.betas);
@@ -107,9 +116,11 @@ void save_and_load(C& world, Save save) {
 
 template <class Strategy, class C>
 void save_and_load(C& world, std::string const& directory) {
-  save_and_load<Strategy>(world, [&](StateDict const& state, auto) {
-    dcp::save<SafeTensors>(world, directory + "/ckpt", state);
-    return directory + "/ckpt";
+  in_each_storage(directory, [&]<class S>(std::type_identity<S>, std::string const& place) {
+    save_and_load_with<Strategy, S>(world, [&](StateDict const& state, auto) {
+      dcp::save<S>(world, place, state);
+      return place;
+    });
   });
 }
 
@@ -117,7 +128,7 @@ void save_and_load(C& world, std::string const& directory) {
 template <class T, class C>
 void async_cached(C& world, std::string const& directory, bool cached, Executor executor) {
   CheckpointManager<SafeTensors, T> manager{world, directory, {.save = {.executor = executor, .saver_program = DCP_SAVER_PROGRAM}}};
-  save_and_load<Fsdp>(world, [&](StateDict const& state, auto train_on) {
+  save_and_load_with<Fsdp, SafeTensors>(world, [&](StateDict const& state, auto train_on) {
     std::vector<std::int64_t> earlier;
     if (cached) earlier = manager.save(1, state).saver_processes;
     Pending pending = manager.async_save(2, state);
@@ -250,32 +261,33 @@ TEST_CASE("test_partial_load: the model alone, the keys under model, and the key
     auto model = dummy<Fsdp>(world);
     Adam<Fsdp> optimizer{world, model, 0.1f};
     train(world, model, optimizer, 2);
-    std::string const place = directory + "/ckpt";
-    dcp::save<SafeTensors>(world, place, {{"model", model}, {"optimizer", optimizer}});
+    in_each_storage(directory, [&]<class S>(std::type_identity<S>, std::string const& place) {
+      dcp::save<S>(world, place, {{"model", model}, {"optimizer", optimizer}});
 
-    auto loaded = dummy<Fsdp>(world, 1);
-    auto const report = dcp::load<SafeTensors>(world, place, {{"model", loaded}}, {.on_unexpected = OnUnexpected::ignore});
-    CHECK(loaded.gather(world) == weights);
-    CHECK(report.tensors == 8);
-    CHECK(report.unexpected.size() == 8 * 3 + 3);   // moments and steps of 8 parameters, three numbers of the group
+      auto loaded = dummy<Fsdp>(world, 1);
+      auto const report = dcp::load<S>(world, place, {{"model", loaded}}, {.on_unexpected = OnUnexpected::ignore});
+      CHECK(loaded.gather(world) == weights);
+      CHECK(report.tensors == 8);
+      CHECK(report.unexpected.size() == 8 * 3 + 3);   // moments and steps of 8 parameters, three numbers of the group
 
-    auto const by_model = dcp::load_from_keys<SafeTensors>(world, place, {"model"});
-    CHECK(by_model.values().empty());
-    CHECK(by_model.tensors().size() == weights.size());
-    for (auto const& [name, values] : weights) {
-      auto const got = by_model.tensors().at("model." + name).template as<float>();
-      CHECK(std::vector<float>(got.begin(), got.end()) == values);
-    }
+      auto const by_model = dcp::load_from_keys<S>(world, place, {"model"});
+      CHECK(by_model.values().empty());
+      CHECK(by_model.tensors().size() == weights.size());
+      for (auto const& [name, values] : weights) {
+        auto const got = by_model.tensors().at("model." + name).template as<float>();
+        CHECK(std::vector<float>(got.begin(), got.end()) == values);
+      }
 
-    auto const by_state = dcp::load_from_keys<SafeTensors>(world, place, {"optimizer.state"});
-    CHECK(by_state.values().empty());   // param_groups are values, and the checkpoint has some
-    CHECK(dcp::load_from_keys<SafeTensors>(world, place, {"optimizer.param_groups"}).values().size() == 3);
-    CHECK(by_state.tensors().size() == moments.size());
-    for (auto const& [name, values] : moments) {
-      auto const got = by_state.tensors().at("optimizer." + name).template as<float>();
-      CHECK(std::vector<float>(got.begin(), got.end()) == values);
-    }
-    CHECK(by_state.tensors().at("optimizer.state.net1.0.weight.step").template as<float>()[0] == 2.0f);
+      auto const by_state = dcp::load_from_keys<S>(world, place, {"optimizer.state"});
+      CHECK(by_state.values().empty());   // param_groups are values, and the checkpoint has some
+      CHECK(dcp::load_from_keys<S>(world, place, {"optimizer.param_groups"}).values().size() == 3);
+      CHECK(by_state.tensors().size() == moments.size());
+      for (auto const& [name, values] : moments) {
+        auto const got = by_state.tensors().at("optimizer." + name).template as<float>();
+        CHECK(std::vector<float>(got.begin(), got.end()) == values);
+      }
+      CHECK(by_state.tensors().at("optimizer.state.net1.0.weight.step").template as<float>()[0] == 2.0f);
+    });
   });
 }
 
@@ -316,24 +328,25 @@ TEST_CASE("test_different_ordered_state_dict_keys: ranks list entries in differe
 TEST_CASE("test_overwrite: the second save replaces the first, and without replace it is refused: Checkpoint already exists") {
   on_ranks(4, [](auto& world, std::string const& directory) {
     auto t1 = Random{1}(10), t2 = Random{2}(10);
-    std::string const place = directory + "/ckpt";
-    dcp::save<SafeTensors>(world, place, {{"random", TensorView<float>{t1, {10}}}});
-    dcp::save<SafeTensors>(world, place, {{"random", TensorView<float>{t2, {10}}}}, {.if_exists = IfExists::replace});
-    std::vector<float> loaded(10);
-    StateDict const state{{"random", TensorView<float>{loaded, {10}}}};
-    dcp::load<SafeTensors>(world, place, state);
-    CHECK(loaded == t2);
-    std::string refused;
-    try {
-      dcp::save<SafeTensors>(world, place, {{"random", TensorView<float>{t1, {10}}}}, {.if_exists = IfExists::fail});
-    } catch (Error const& error) {
-      CHECK(error.code() == ErrorCode::already_exists);
-      refused = error.what();
-    }
-    CHECK(refused.find("Checkpoint already exists") != std::string::npos);
-    loaded.assign(10, 0.0f);
-    dcp::load<SafeTensors>(world, place, state);
-    CHECK(loaded == t2);
+    in_each_storage(directory, [&]<class S>(std::type_identity<S>, std::string const& place) {
+      dcp::save<S>(world, place, {{"random", TensorView<float>{t1, {10}}}});
+      dcp::save<S>(world, place, {{"random", TensorView<float>{t2, {10}}}}, {.if_exists = IfExists::replace});
+      std::vector<float> loaded(10);
+      StateDict const state{{"random", TensorView<float>{loaded, {10}}}};
+      dcp::load<S>(world, place, state);
+      CHECK(loaded == t2);
+      std::string refused;
+      try {
+        dcp::save<S>(world, place, {{"random", TensorView<float>{t1, {10}}}}, {.if_exists = IfExists::fail});
+      } catch (Error const& error) {
+        CHECK(error.code() == ErrorCode::already_exists);
+        refused = error.what();
+      }
+      CHECK(refused.find("Checkpoint already exists") != std::string::npos);
+      loaded.assign(10, 0.0f);
+      dcp::load<S>(world, place, state);
+      CHECK(loaded == t2);
+    });
   });
 }
 
@@ -376,24 +389,25 @@ TEST_CASE("test_init_state_dict: loading keeps every address, fills what is ther
     auto model = dummy<Ddp>(world);
     Adam<Ddp> optimizer{world, model, 0.1f};
     train(world, model, optimizer, 1);
-    std::string const place = directory + "/ckpt";
-    dcp::save<SafeTensors>(world, place, {{"model", model}, {"optimizer", optimizer}});
+    in_each_storage(directory, [&]<class S>(std::type_identity<S>, std::string const& place) {
+      dcp::save<S>(world, place, {{"model", model}, {"optimizer", optimizer}});
 
-    auto second = dummy<Ddp>(world, 1);
-    Adam<Ddp> second_optimizer{world, second, 0.2f};
-    auto const addresses = [&] {
-      std::vector<void const*> all{&second, &second_optimizer, &second_optimizer.learning_rate, second_optimizer.betas.data()};
-      for (auto const& parameter : second.parameters()) all.push_back(parameter.value.memory.data());
-      for (auto const& of : second_optimizer.moments()) all.insert(all.end(), {of.exp_avg.memory.data(), of.exp_avg_sq.memory.data(), &of.step});
-      return all;
-    };
-    auto const before = addresses();
-    CHECK(second_optimizer.learning_rate == 0.2f);
-    dcp::load<SafeTensors>(world, place, {{"model", second}, {"optimizer", second_optimizer}});
-    CHECK(addresses() == before);
-    CHECK(second.gather(world) == model.gather(world));
-    CHECK(second_optimizer.gather(world) == optimizer.gather(world));
-    CHECK(second_optimizer.learning_rate == 0.1f);
+      auto second = dummy<Ddp>(world, 1);
+      Adam<Ddp> second_optimizer{world, second, 0.2f};
+      auto const addresses = [&] {
+        std::vector<void const*> all{&second, &second_optimizer, &second_optimizer.learning_rate, second_optimizer.betas.data()};
+        for (auto const& parameter : second.parameters()) all.push_back(parameter.value.memory.data());
+        for (auto const& of : second_optimizer.moments()) all.insert(all.end(), {of.exp_avg.memory.data(), of.exp_avg_sq.memory.data(), &of.step});
+        return all;
+      };
+      auto const before = addresses();
+      CHECK(second_optimizer.learning_rate == 0.2f);
+      dcp::load<S>(world, place, {{"model", second}, {"optimizer", second_optimizer}});
+      CHECK(addresses() == before);
+      CHECK(second.gather(world) == model.gather(world));
+      CHECK(second_optimizer.gather(world) == optimizer.gather(world));
+      CHECK(second_optimizer.learning_rate == 0.1f);
+    });
   });
 }
 

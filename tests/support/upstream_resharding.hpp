@@ -8,6 +8,7 @@
 #include <dcp/checkpoint/reshard.hpp>
 #include <dcp/checkpoint/save.hpp>
 #include <dcp/storage/safetensors.hpp>
+#include <dcp/storage/torch_dcp.hpp>
 
 #include <doctest/doctest.h>
 
@@ -66,11 +67,12 @@ struct Part {
   template <class P>
   explicit Part(Held<float, P>& held) : state{{"dtensor", held.tensor}}, layout{held.tensor.layout()}, memory{&held.memory} {}
 };
-template <class C>
-void reshard_steps(C& world, std::string const& place, FileLayout layout, Part const& saved, Part const& loaded, Part const& back) {
+template <class S, class C>
+void reshard_steps(C& world, std::string const& place, typename S::Options const& storage, Part const& saved, Part const& loaded, Part const& back) {
   auto const values = arange(16);
-  dcp::save<SafeTensors>(world, place, saved.state, {.if_exists = IfExists::replace, .storage = {.layout = layout}});
-  auto const report = dcp::load<SafeTensors>(world, place, loaded.state);
+  for (auto const* part : {&loaded, &back}) std::fill(part->memory->begin(), part->memory->end(), -1.0f);
+  dcp::save<S>(world, place, saved.state, {.if_exists = IfExists::replace, .storage = storage});
+  auto const report = dcp::load<S>(world, place, loaded.state);
   CHECK(report.duplicates.empty());   // nothing of what was at the place before is left
   CHECK(report.unverified_bytes == 0);
 
@@ -84,13 +86,15 @@ void reshard_steps(C& world, std::string const& place, FileLayout layout, Part c
   CHECK(*back.memory == *saved.memory);
 }
 
-/// One step of upstream's reshard rows: `place` is reused, an earlier checkpoint there is replaced.
+/// One step of upstream's reshard rows: `place` is reused, an earlier checkpoint there is replaced. Beside the sharded layout of safetensors in PyTorch's own format,
+/// as upstream's test_dtensor_resharding.py does.
 template <class From, class To, int N, int M, class C>
 void reshard_through(C& world, std::string const& place, DeviceMesh<N> const& saving, DeviceMesh<M> const& loading, FileLayout layout) {
   Held<float, From> saved{saving, {4, 4}}, back{saving, {4, 4}};
   saved.fill(arange(16));
   Held<float, To> loaded{loading, {4, 4}};
-  reshard_steps(world, place, layout, Part{saved}, Part{loaded}, Part{back});
+  reshard_steps<SafeTensors>(world, place, {.layout = layout}, Part{saved}, Part{loaded}, Part{back});
+  if (layout == FileLayout::sharded) reshard_steps<TorchDcp>(world, place + "_torch_dcp", {}, Part{saved}, Part{loaded}, Part{back});
 }
 
 /// Every file layout in a directory of its own, reused for all pairs of a row.
@@ -153,12 +157,19 @@ void reshard_empty_shards(C& world, std::string const& directory) {
     Held<float, S1> saved{mesh_1d(world), {1}};
     CHECK(saved.memory.size() == (world.rank() == 0 ? 1u : 0u));
     saved.fill({0.625f});
+    auto const load_and_compare = [&]<class S>(std::type_identity<S>, std::string const& from) {
+      Held<float, SS> loaded{mesh_2d(world), {1}};
+      dcp::load<S>(world, from, {{"dtensor", loaded.tensor}});
+      CHECK(loaded.memory == (world.rank() == 0 ? std::vector<float>{0.625f} : std::vector<float>{}));
+      CHECK(replicated_view(world, loaded) == std::vector<float>{0.625f});
+      CHECK(gathered(world, loaded) == std::vector<float>{0.625f});
+    };
     dcp::save<SafeTensors>(world, place, {{"dtensor", saved.tensor}}, {.storage = {.layout = layout}});
-    Held<float, SS> loaded{mesh_2d(world), {1}};
-    dcp::load<SafeTensors>(world, place, {{"dtensor", loaded.tensor}});
-    CHECK(loaded.memory == (world.rank() == 0 ? std::vector<float>{0.625f} : std::vector<float>{}));
-    CHECK(replicated_view(world, loaded) == std::vector<float>{0.625f});
-    CHECK(gathered(world, loaded) == std::vector<float>{0.625f});
+    load_and_compare(std::type_identity<SafeTensors>{}, place);
+    if (layout == FileLayout::sharded) {
+      dcp::save<TorchDcp>(world, place + "_torch_dcp", {{"dtensor", saved.tensor}});
+      load_and_compare(std::type_identity<TorchDcp>{}, place + "_torch_dcp");
+    }
   });
 }
 

@@ -111,7 +111,9 @@ template <class D = Deferred>
 class StridedEncoding final : public Encoding {
  public:
   /// strides   in elements, of each dimension
-  StridedEncoding(std::string name, DType dtype, Extents const& shape, std::vector<std::uint64_t> const& strides, ElementTransform how) : StridedEncoding{shape, Made{std::move(name), dtype, shape, strides}, how} {}
+  /// stored    elements that the storage has from the view's first one on: nothing behind them is read
+  StridedEncoding(std::string name, DType dtype, Extents const& shape, std::vector<std::uint64_t> const& strides, std::uint64_t stored, ElementTransform how)
+      : StridedEncoding{shape, Made{std::move(name), dtype, shape, strides, stored}, how} {}
 
   void decode(Box const& box, std::span<PartBytes const> given, DType dtype, MemoryView const& memory) const override {
     Extents const in_part = row_major_strides(given[0].box.shape);
@@ -134,7 +136,7 @@ class StridedEncoding final : public Encoding {
     std::vector<std::int64_t> strides;
     bool nested = true;
 
-    Made(std::string name, DType dtype, Extents const& shape, std::vector<std::uint64_t> const& given) : axis_of(static_cast<std::size_t>(shape.rank()), -1) {
+    Made(std::string name, DType dtype, Extents const& shape, std::vector<std::uint64_t> const& given, std::uint64_t stored) : axis_of(static_cast<std::size_t>(shape.rank()), -1) {
       std::vector<int> order;
       std::int64_t span = 1;
       for (int d = 0; d < shape.rank(); ++d) {
@@ -145,6 +147,8 @@ class StridedEncoding final : public Encoding {
       auto const stride = [&](int d) { return strides[static_cast<std::size_t>(d)]; };
       std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return stride(a) > stride(b); });
       for (std::size_t i = 1; i < order.size(); ++i) nested = nested && stride(order[i - 1]) % stride(order[i]) == 0 && stride(order[i - 1]) / stride(order[i]) >= shape[order[i]];
+      // A box of such an array ends as far behind its last element as two of them are apart.
+      if (!order.empty()) nested = nested && static_cast<std::uint64_t>(span) + static_cast<std::uint64_t>(stride(order.back())) - 1 <= stored;
       std::vector<std::int64_t> sizes;
       std::vector<PartAxis> axes;
       if (!nested || shape.empty()) {
@@ -175,9 +179,9 @@ class StridedEncoding final : public Encoding {
 /// Whether elements at these strides lie in row-major order without gaps.
 template <class = Deferred>
 bool is_dense(Extents const& shape, std::vector<std::uint64_t> const& strides) {
+  if (shape.empty()) return true;
   std::uint64_t expected = 1;
   for (int d = shape.rank(); d-- > 0;) {
-    if (shape[d] == 0) return true;
     if (shape[d] > 1 && strides[static_cast<std::size_t>(d)] != expected) return false;
     expected *= static_cast<std::uint64_t>(shape[d]);
   }

@@ -72,8 +72,8 @@ class MetadataReader {
     if (auto const version = state.find("version"); version && version->kind() == pickle::Kind::text) metadata.version = version->text();
     if (!metadata.version.empty() && !metadata.version.starts_with("1.")) throw Error{ErrorCode::bad_version, "the metadata has version " + json_quoted(metadata.version) + ", and this library reads 1"};
     MetadataReader reader;
-    reader.index_places(state.at("storage_data"));
-    pickle::Value const entries = state.at("state_dict_metadata");
+    reader.index_places(dict_of(state, "storage_data"));
+    pickle::Value const entries = dict_of(state, "state_dict_metadata");
     metadata.entries.reserve(entries.size());
     Problems problems;
     entries.for_each_pair([&](pickle::Value const& name, pickle::Value const& value) {
@@ -121,6 +121,13 @@ class MetadataReader {
     auto const state = object.state();
     if (!state) bad_object("a " + std::string{object.name()} + " without contents");
     return *state;
+  }
+
+  // Any object may have pairs in a pickle, or none.
+  static pickle::Value dict_of(pickle::Value const& state, std::string_view name) {
+    pickle::Value const value = state.at(name);
+    if (value.kind() != pickle::Kind::dict && !(value.kind() == pickle::Kind::object && value.is_call_of("collections", "OrderedDict"))) bad_object("the " + std::string{name} + " is no dict");
+    return value;
   }
 
   struct Place {

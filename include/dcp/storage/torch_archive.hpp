@@ -208,7 +208,7 @@ void settle_piece(std::string const& name, DType dtype, StoredPiece& piece, Arch
   }
   if (dtype == DType::f4) throw Error{ErrorCode::unsupported, "a view of pairs of F4 that is not dense"};
   auto decoded = std::make_shared<CatalogTensor>();
-  auto encoding = std::make_shared<StridedEncoding<>>(name, dtype, piece.box.shape, tensor.object.strides, tensor.transform());
+  auto encoding = std::make_shared<StridedEncoding<>>(name, dtype, piece.box.shape, tensor.object.strides, tensor.record_bytes / tensor.object.element_bytes() - tensor.object.first, tensor.transform());
   decoded->name = name;
   decoded->dtype = dtype;
   decoded->shape = piece.box.shape;

@@ -167,11 +167,11 @@ class TorchDcpDriver final : public AnyStorage {
     };
     std::vector<std::pair<std::uint64_t, std::string>> of_ranks;   // __<rank>.metadata
     bool whole = false;
-    std::vector<std::string> data;
+    std::vector<std::string> data;   // files with something in them: PyTorch's threads leave empty ones where they have nothing to write
     for (auto const& entry : medium.list(path)) {
       std::uint64_t rank = 0;
       if (entry.name == metadata_name) whole = true;
-      else if (entry.name.ends_with(".distcp")) data.push_back(entry.name);
+      else if (entry.name.ends_with(".distcp") && entry.size > 0) data.push_back(entry.name);
       else if (is_rank_metadata(entry.name, rank)) of_ranks.emplace_back(rank, entry.name);
     }
     if (!whole && of_ranks.empty()) {
