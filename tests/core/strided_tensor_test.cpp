@@ -161,14 +161,15 @@ TEST_CASE("law: a box of a view, decoded from the part of the storage that it ne
     overlapping += view.span < static_cast<std::size_t>(view.shape.elements()) ? 1 : 0;
   }
   CHECK(empty * 20 < boxes * 3);
-  CHECK(empty > 20);
+  CHECK(empty * 50 > boxes);
   CHECK(overlapping > boxes / 10);
 }
 
 TEST_CASE("law: a box of a permuted array needs as many elements of the storage as it has, and no more") {
   std::uint64_t const base_seed = first_seed();
   std::size_t smaller = 0;
-  for (int round = 0; round < test::rounds(5'000, 50'000); ++round) {
+  int const all = test::rounds(5'000, 50'000);
+  for (int round = 0; round < all; ++round) {
     std::uint64_t const seed = base_seed + static_cast<std::uint64_t>(round);
     CAPTURE(seed);
     Random random{seed};
@@ -184,7 +185,7 @@ TEST_CASE("law: a box of a permuted array needs as many elements of the storage 
       smaller += needed.size() < Box::whole(view.shape).size() ? 1 : 0;
     }
   }
-  CHECK(smaller > 300);
+  CHECK(smaller * 20 > static_cast<std::size_t>(all));
 }
 
 TEST_CASE("a column of a wide array needs the column's part, and an expanded dimension is stored once") {
@@ -240,7 +241,8 @@ TEST_CASE("law: a view decoded as another dtype is its elements, transformed, an
 TEST_CASE("law: is_dense says whether elements lie in row-major order without gaps") {
   std::uint64_t const base_seed = first_seed();
   int dense = 0, other = 0;
-  for (int round = 0; round < test::rounds(5'000, 50'000); ++round) {
+  int const all = test::rounds(5'000, 50'000);
+  for (int round = 0; round < all; ++round) {
     std::uint64_t const seed = base_seed + static_cast<std::uint64_t>(round);
     CAPTURE(seed);
     Random random{seed};
@@ -255,8 +257,8 @@ TEST_CASE("law: is_dense says whether elements lie in row-major order without ga
     REQUIRE(is_dense(view.shape, view.strides) == in_order);
     (in_order ? dense : other) += 1;
   }
-  CHECK(dense > 300);
-  CHECK(other > 300);
+  CHECK(dense * 10 > all);
+  CHECK(other * 10 > all);
 }
 
 TEST_CASE("transforms: conjugation flips the sign of the imaginary part, negation of both, and swapping turns each number around") {

@@ -36,6 +36,8 @@ void with_type(DType dtype, F f) {
     case DType::f64: return f.template operator()<double>();
     case DType::i64: return f.template operator()<std::int64_t>();
     case DType::u64: return f.template operator()<std::uint64_t>();
+    case DType::c32:
+    case DType::c128: break;   // no C++ type stands for them
   }
   throw std::logic_error{"no dtype"};
 }
