@@ -22,9 +22,10 @@ static_assert(std::is_trivially_copyable_v<bf16> && std::is_trivially_copyable_v
 static_assert(!std::is_convertible_v<float, bf16> && !std::is_convertible_v<bf16, float>);
 
 static_assert(dtype_of<bool> == DType::boolean && dtype_of<std::byte> == DType::u8 && dtype_of<std::complex<float>> == DType::c64);
+static_assert(dtype_of<std::complex<double>> == DType::c128 && dtype_of<complex_f16> == DType::c32);
 static_assert(dtype_of<long> == DType::i64 && dtype_of<long long> == DType::i64 && dtype_of<unsigned long long> == DType::u64 && dtype_of<char> == (std::is_signed_v<char> ? DType::i8 : DType::u8));
 static_assert(dtype_of<float const> == DType::f32 && dtype_of<bf16> == DType::bf16 && dtype_of<f4> == DType::f4);
-static_assert(!is_element<long double> && !is_element<std::complex<double>> && !is_element<void*> && !is_element<std::string>);
+static_assert(!is_element<long double> && !is_element<std::complex<long double>> && !is_element<void*> && !is_element<std::string>);
 static_assert(std::is_same_v<storage_of<f4>, std::byte> && std::is_same_v<storage_of<f6_e2m3>, std::byte> && std::is_same_v<storage_of<bf16>, bf16>);
 
 namespace {

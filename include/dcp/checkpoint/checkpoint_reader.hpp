@@ -16,8 +16,18 @@
 #include <utility>
 
 namespace dcp {
+namespace detail {
+template <class = Deferred>
+struct ReaderState {
+  std::unique_ptr<AnyStorage> storage;
+  std::shared_ptr<AnyMedium> medium;
+  OpenedCheckpoint opened;
+  Contents contents;
+  std::unique_ptr<CatalogReader<>> reader;
+};
+}  // namespace detail
 
-/// Reads from a checkpoint on one process alone, in any order, by several threads at once.
+/// Reads from a checkpoint on one process alone, in any order, by several threads at once. Copies read the same.
 ///
 /// Example   auto reader = dcp::CheckpointReader::open<dcp::TorchDcp>("ckpt/step-100");
 ///           std::vector<dcp::bf16> rows(8 * 4096);
@@ -31,6 +41,7 @@ class CheckpointReader {
     return CheckpointReader{S::open(options.storage), S::locate(place), options.verify};
   }
 
+  template <class = Deferred>
   Contents const& contents() const { return state_->contents; }
 
   /// `box` of the tensor `name`, dense and row-major: as it is stored, or decoded to the dtype that contents() says.
@@ -49,16 +60,8 @@ class CheckpointReader {
   }
 
  private:
-  struct State {
-    std::unique_ptr<AnyStorage> storage;
-    std::shared_ptr<AnyMedium> medium;
-    detail::OpenedCheckpoint opened;
-    Contents contents;
-    std::unique_ptr<detail::CatalogReader<>> reader;
-  };
-
   template <class = Deferred>
-  CheckpointReader(std::unique_ptr<AnyStorage> storage, PlaceRef place, Verify verify) : state_{std::make_unique<State>()} {
+  CheckpointReader(std::unique_ptr<AnyStorage> storage, PlaceRef place, Verify verify) : state_{std::make_shared<detail::ReaderState<>>()} {
     SelfComm self;
     CommRef const comm{self};
     detail::again_if_replaced(comm, *place.medium, place.path, [&](detail::Sighting& seen) {
@@ -72,7 +75,7 @@ class CheckpointReader {
     state_->reader = std::make_unique<detail::CatalogReader<>>(*state_->medium, state_->opened, verify);
   }
 
-  std::unique_ptr<State> state_;
+  std::shared_ptr<detail::ReaderState<>> state_;
 };
 
 }  // namespace dcp

@@ -38,6 +38,7 @@ struct ConvertSettings {
   SaveSettings save;
 };
 
+template <class = Deferred>
 class CheckpointSource final : public TensorSource {
  public:
   CheckpointSource(std::shared_ptr<CatalogReader<>> reader, CatalogTensor const& tensor, DType dtype) : reader_{std::move(reader)}, tensor_{tensor}, dtype_{dtype} {}
@@ -57,13 +58,13 @@ class CheckpointSource final : public TensorSource {
 
 /// The state that a checkpoint holds, to be saved: tensors are read when they are written. Pieces in archives have been located. Everything that it refers to
 /// must outlive it.
+template <class = Deferred>
 class StoredState {
  public:
-  template <class = Deferred>
   StoredState(Catalog const& catalog, std::shared_ptr<CatalogReader<>> reader, std::vector<std::string> const& only, DType decode_to) {
     auto const add = [&](std::string const& name, CatalogTensor const& tensor) {
       DType const dtype = tensor.encoding == nullptr ? tensor.dtype : decode_to;
-      state_.add_source(name, dtype, tensor.shape, std::make_shared<CheckpointSource>(reader, tensor, dtype)).joints = catalog.joints_of(name);
+      state_.add_source(name, dtype, tensor.shape, std::make_shared<CheckpointSource<>>(reader, tensor, dtype)).joints = catalog.joints_of(name);
     };
     for (auto const& tensor : catalog.tensors)
       if (selected(tensor.name, only)) add(tensor.name, tensor);
@@ -109,7 +110,7 @@ Report convert_checkpoint(CommRef comm, AnyStorage const& from, PlaceRef const& 
     OpenedCheckpoint opened = open_checkpoint(comm, from, *from_place.medium, from_place.path, settings.load.verify, seen);
     auto const stored = agree(comm, "convert: plan", [&] {
       locate_pieces(from, *from_place.medium, opened, settings.only);
-      return std::make_unique<StoredState>(opened.catalog, std::make_shared<CatalogReader<>>(*from_place.medium, opened, settings.load.verify), settings.only, settings.decode_to);
+      return std::make_unique<StoredState<>>(opened.catalog, std::make_shared<CatalogReader<>>(*from_place.medium, opened, settings.load.verify), settings.only, settings.decode_to);
     });
     Report report = save_state(comm, to, to_place, stored->state(), settings.save);
     report.operation = "convert";

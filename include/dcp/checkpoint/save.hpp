@@ -104,6 +104,7 @@ void compare_replicas(CommRef comm, AgreedState const& state) {
 }
 
 /// A box of a tensor that has a source.
+template <class = Deferred>
 class BoxSource final : public ElementSource {
  public:
   BoxSource(std::shared_ptr<TensorSource const> source, DType dtype, Box const& box) : source_{std::move(source)}, dtype_{dtype}, box_{box} {}
@@ -119,6 +120,7 @@ class BoxSource final : public ElementSource {
 };
 
 /// The bytes of a CrcLiteral, with the CRC-32 of what memory holds when they are asked for. That is once a save, or twice where a window ends among them.
+template <class = Deferred>
 class CrcSource final : public ElementSource {
  public:
   CrcSource(CrcLiteral const& literal, std::vector<Transfer> data) : literal_{literal}, data_{std::move(data)} {}
@@ -203,7 +205,7 @@ std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& 
       transfers.back().tensor = t;
       transfers.back().file = stored.file;
       if (entry->tensor->source) {
-        sources.push_back(std::make_unique<BoxSource>(entry->tensor->source, tensor.dtype, part));
+        sources.push_back(std::make_unique<BoxSource<>>(entry->tensor->source, tensor.dtype, part));
         transfers.back().source = sources.back().get();
       }
       return &transfers.back();
@@ -215,7 +217,7 @@ std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& 
       auto const number = static_cast<std::size_t>(&stored - plan.stored.data());
       if (next_crc == plan.crc_literals.size() || plan.crc_literals[next_crc].stored != number) continue;
       CrcLiteral const& literal = plan.crc_literals[next_crc++];
-      sources.push_back(std::make_unique<CrcSource>(literal, std::vector<Transfer>(transfers.begin() + static_cast<std::ptrdiff_t>(before), transfers.end())));
+      sources.push_back(std::make_unique<CrcSource<>>(literal, std::vector<Transfer>(transfers.begin() + static_cast<std::ptrdiff_t>(before), transfers.end())));
       append_bytes(stored.file, literal.offset, literal.bytes, transfers).source = sources.back().get();
       continue;
     }

@@ -201,7 +201,7 @@ void write_tensor(pickle::Writer& out, DType dtype, Extents const& shape, std::s
 
 struct ObjectOptions {
   bool opaque = false;                              // objects of unknown classes are listed as such, instead of being an error
-  std::uint64_t max_nodes = 10'000'000;             // that are met while an object is walked
+  std::uint64_t max_nodes = 2'000'000;              // that are met while an object is walked
   std::uint64_t max_text_bytes = 1ull << 30;        // of the JSON it becomes
   int max_depth = 200;
 };

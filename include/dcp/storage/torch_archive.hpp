@@ -194,30 +194,36 @@ class TransformedEncoding final : public Encoding {
   std::vector<std::string> transforms_;
 };
 
+/// Makes of a piece one that is decoded: a view, whose first element is at `first_byte` of the file, of a storage that has `stored` elements from there on.
+template <class = Deferred>
+void make_view(std::string const& name, DType dtype, StoredPiece& piece, std::uint64_t first_byte, std::vector<std::uint64_t> const& strides, std::uint64_t stored, ElementTransform how) {
+  if (dtype == DType::f4) throw Error{ErrorCode::unsupported, name + ": a view of pairs of F4 that is not dense"};
+  auto encoding = std::make_shared<StridedEncoding<>>(name, dtype, piece.box.shape, strides, stored, how);
+  auto decoded = std::make_shared<CatalogTensor>();
+  decoded->name = name;
+  decoded->dtype = dtype;
+  decoded->shape = piece.box.shape;
+  decoded->parts.push_back({{piece.file, first_byte, Box::whole(encoding->parts()[0].shape), 0, {}, {}}});
+  decoded->encoding = std::move(encoding);
+  piece.decoded = std::move(decoded);
+}
+
 /// Makes of a piece that lies in an archive at `archive` of its file a piece that can be read.
 template <class = Deferred>
 void settle_piece(std::string const& name, DType dtype, StoredPiece& piece, ArchivedTensor const& tensor, std::uint64_t archive) {
   require_chunk(tensor, dtype, piece.box.shape);
-  std::uint64_t const record = archive + tensor.data, bytes = bytes_of(dtype, static_cast<std::int64_t>(piece.box.size()));
-  bool const plain = is_dense(tensor.object.shape, tensor.object.strides) && !tensor.transform().any();
-  if (plain) {
-    piece.offset = record + tensor.object.first * tensor.object.element_bytes();
+  torch::TensorObject const& object = tensor.object;
+  std::uint64_t const record = archive + tensor.data, first = record + object.first * object.element_bytes();
+  if (is_dense(object.shape, object.strides) && !tensor.transform().any()) {
+    if (tensor.record_bytes == bytes_of(dtype, static_cast<std::int64_t>(piece.box.size()))) piece.crc32 = tensor.crc32;
+    piece.offset = first;
     piece.container_bytes = 0;
-    if (tensor.record_bytes == bytes) piece.crc32 = tensor.crc32;
     return;
   }
-  if (dtype == DType::f4) throw Error{ErrorCode::unsupported, "a view of pairs of F4 that is not dense"};
-  auto decoded = std::make_shared<CatalogTensor>();
-  auto encoding = std::make_shared<StridedEncoding<>>(name, dtype, piece.box.shape, tensor.object.strides, tensor.record_bytes / tensor.object.element_bytes() - tensor.object.first, tensor.transform());
-  decoded->name = name;
-  decoded->dtype = dtype;
-  decoded->shape = piece.box.shape;
-  decoded->parts.push_back({{piece.file, record + tensor.object.first * tensor.object.element_bytes(), Box::whole(encoding->parts()[0].shape), 0, {}, {}}});
-  decoded->encoding = std::move(encoding);
+  make_view(name, dtype, piece, first, object.strides, tensor.record_bytes / object.element_bytes() - object.first, tensor.transform());
   piece.offset = record;
   piece.container_bytes = tensor.record_bytes;
   piece.crc32 = tensor.crc32;
-  piece.decoded = std::move(decoded);
 }
 
 }  // namespace dcp::detail

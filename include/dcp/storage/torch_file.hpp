@@ -205,15 +205,8 @@ class TorchFileDriver final : public AnyStorage {
       if (piece.offset == view.record && bytes_of(tensor.dtype, tensor.shape.elements()) == view.record_bytes) piece.crc32 = view.crc;
       return;
     }
-    if (tensor.dtype == DType::f4) throw Error{ErrorCode::unsupported, tensor.name + ": a view of pairs of F4 that is not dense"};
-    auto decoded = std::make_shared<CatalogTensor>();
-    auto encoding = std::make_shared<StridedEncoding<>>(tensor.name, tensor.dtype, tensor.shape, view.strides, view.how);
-    decoded->name = tensor.name;
-    decoded->dtype = tensor.dtype;
-    decoded->shape = tensor.shape;
-    decoded->parts.push_back({{piece.file, piece.offset, Box::whole(encoding->parts()[0].shape), 0, {}, {}}});
-    decoded->encoding = std::move(encoding);
-    piece.decoded = std::move(decoded);
+    std::uint64_t const each = tensor.dtype == DType::f4 ? 1 : static_cast<std::uint64_t>(bits_of(tensor.dtype)) / 8;
+    make_view(tensor.name, tensor.dtype, piece, piece.offset, view.strides, (view.record + view.record_bytes - piece.offset) / each, view.how);
   }
 
   TorchFileOptions options_;
