@@ -186,7 +186,9 @@ TEST_CASE("CheckpointReader: any box of any tensor, whatever it is stored as; an
   dcp::SelfComm self;
   auto const whole = dcp::load_from_keys<dcp::TorchDcp>(self, torch_case("mesh_2x2"));
   CHECK(reader.contents().tensors.size() == whole.tensors().size());
-  for (auto const& [name, tensor] : whole.tensors()) {
+  for (auto const& entry : whole.tensors()) {
+    std::string const& name = entry.first;
+    dcp::OwnedTensor const& tensor = entry.second;
     CAPTURE(name);
     std::size_t const each = static_cast<std::size_t>(dcp::bits_of(tensor.dtype())) / 8;
     std::int64_t const count = tensor.shape().elements();

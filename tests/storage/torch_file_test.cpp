@@ -59,11 +59,13 @@ TEST_CASE("TorchFile: files of torch.save hold the tensors and values that PyTor
   dcp::SelfComm self;
   for (auto const& [file, kind] : expected["pt_files"].items()) {
     if (kind == "flat-legacy") continue;
-    CAPTURE(file);
+    std::string const of_file = file;
+    CAPTURE(of_file);
     auto const state = dcp::load_from_keys<dcp::TorchFile>(self, pt_file(file));
     CHECK(state.tensors().size() == expected["tensors"].size());
     for (auto const& [name, facts] : expected["tensors"].items()) {
-      CAPTURE(name);
+      std::string const of_tensor = name;
+      CAPTURE(of_tensor);
       auto const at = state.tensors().find(name);
       REQUIRE(at != state.tensors().end());
       CHECK(to_string(at->second.dtype()) == facts["dtype"].get<std::string>());
@@ -73,7 +75,8 @@ TEST_CASE("TorchFile: files of torch.save hold the tensors and values that PyTor
     if (kind == "flat") continue;
     CHECK(state.values().size() == expected["values"].size());
     for (auto const& [name, value] : expected["values"].items()) {
-      CAPTURE(name);
+      std::string const of_value = name;
+      CAPTURE(of_value);
       REQUIRE(state.values().contains(name));
       CHECK(nlohmann::json::parse(dcp::to_json(state.values().at(name))) == value);
     }
