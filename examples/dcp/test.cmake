@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# The commands of the tool, on checkpoints that PyTorch and others wrote. TOOL, GOLDEN (tests/golden), WORK (an empty folder to make), LAUNCHER (of cp, or nothing).
+# The commands of the tool, on checkpoints that PyTorch and others wrote. TOOL, GOLDEN (tests/golden), WORK (an empty folder to make), LAUNCHER (of cp, with
+# commas between its words; or nothing).
 cmake_minimum_required(VERSION 3.22)
 file(REMOVE_RECURSE ${WORK})
 file(MAKE_DIRECTORY ${WORK})
@@ -8,7 +9,7 @@ file(MAKE_DIRECTORY ${WORK})
 function(run status text)
   set(launcher "")
   if("cp" IN_LIST ARGN)
-    set(launcher ${LAUNCHER})
+    string(REPLACE "," ";" launcher "${LAUNCHER}")
   endif()
   execute_process(COMMAND ${launcher} ${TOOL} ${ARGN} RESULT_VARIABLE result OUTPUT_VARIABLE output ERROR_VARIABLE errors)
   if(NOT result EQUAL status)

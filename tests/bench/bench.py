@@ -228,6 +228,8 @@ class Bench:
             self.measure("open a file of 100,000 tensors", "warm", {"dcp": ("ours", "open", {"place": path}, None), "safe_open": ("theirs", "open", {"place": path}, None)}, [("dcp", "safe_open", 5)])
         if wanted("quantized"):
             self.quantized()
+        if wanted("torch"):
+            self.torch(place, size)
         self.stop()
         if wanted("plan"):
             for schema, what, most in (("405b", "405B parameters on 8,960 ranks", 2), ("experts", "64 sets of names on 8,960 ranks", 10)):
@@ -310,6 +312,49 @@ class Bench:
         shard, whole = (all_answers[0]["read_bytes"] for all_answers in answers.values())
         self.bounded("load, FP8 blocks, ranks are threads", "bytes read for 1 of 8 column shards, in those of the whole", shard / whole, "x", 0.13)
 
+    def torch(self, place, size):
+        """PyTorch's own format, on both sides. What is loaded was written by PyTorch, without checksums but a CRC-32 per tensor, or by us."""
+        self.start(2)
+        self.both("state", **size, dim=0)
+        self.both("fill")
+        self.measure("durable save in PyTorch's format", "-", {"dcp": ("ours", "save", {"place": place("ours-torch"), "as": "torch"}, None), "FileSystemWriter": ("theirs", "save", {"with": "files", "place": place("files")}, None)}, [("dcp", "FileSystemWriter", 1.4)])
+        for dim, least in ((0, 1.0), (1, 1.8)):
+            self.both("state", **size, dim=dim)
+            self.measure(("load of PyTorch's, same layout", "load of PyTorch's, Shard(0) to Shard(1)")[dim], "warm", {
+                "dcp, unverified": ("ours", "load", {"place": place("files"), "as": "torch", "verify": "none"}, None),
+                "dcp": ("ours", "load", {"place": place("files"), "as": "torch"}, None),
+                "dcp, its own": ("ours", "load", {"place": place("ours-torch"), "as": "torch"}, None),
+                "FileSystemReader": ("theirs", "load", {"place": place("files"), "with": "files"}, None),
+            }, [("dcp, unverified", "FileSystemReader", least), ("dcp", "FileSystemReader", None), ("dcp, its own", "FileSystemReader", None)])
+            self.sides["ours"].do("clear")
+            self.sides["theirs"].do("load", place=place("ours-torch"), **{"with": "files"})
+            self.sides["ours"].do("load", place=place("files"), **{"as": "torch"})
+            self.both("check")
+        self.start(1)
+        self.both("state", **size, dim=0)
+        self.both("fill")
+        self.measure("PyTorch's format to safetensors, 1 GiB", "warm", {
+            "dcp": ("ours", "convert", {"from": place("files"), "place": place("converted")}, None),
+            "dcp_to_torch_save": ("theirs", "convert", {"with": "torch_save", "from": place("files"), "place": place("converted-theirs")}, None),
+            "load and HuggingFaceStorageWriter": ("theirs", "convert", {"with": "hf", "from": place("files"), "place": place("converted-theirs")}, None),
+        }, [("dcp", "dcp_to_torch_save", 3), ("dcp", "load and HuggingFaceStorageWriter", 3)])
+        extra = self.sides["ours"].do("convert", place=place("converted"), memory=64 << 20, **{"from": place("files")})["extra_kib"]
+        self.bounded("PyTorch's format to safetensors, 1 GiB", "most memory, 64 MiB allowed", extra / 1024, "MiB", 64 + 16)
+        for cache, least in (("warm", 0.7), ("cold", 0.95)):
+            cold = place("ours-torch") if cache == "cold" else None
+            self.measure("verify, 1 GiB", cache, {"dcp": ("ours", "verify", {"place": place("ours-torch")}, cold), "the same bytes, only read": ("ours", "read", {"place": place("ours-torch")}, cold)}, [("dcp", "the same bytes, only read", least)])
+        if self.arguments.quick:
+            return
+        self.both("state", tensors=20000, rows=32, columns=32, dim=0)
+        self.both("fill")
+        for verb, least in (("save", 40), ("load", 40)):
+            self.measure(f"20,000 tensors of 4 KiB in PyTorch's format, {verb}", "warm", {
+                "dcp": ("ours", verb, {"place": place("small-torch-ours" if verb == "save" else "small-files"), "as": "torch"}, None),
+                "FileSystemWriter" if verb == "save" else "FileSystemReader": ("theirs", verb, {"place": place("small-files"), "with": "files"}, None),
+            }, [("dcp", "FileSystemWriter" if verb == "save" else "FileSystemReader", least)])
+        self.both("check")
+        self.measure("20,000 tensors of 4 KiB in PyTorch's format, open", "warm", {"dcp": ("ours", "open", {"place": place("small-files"), "as": "torch"}, None), "FileSystemReader.read_metadata": ("theirs", "open", {"place": place("small-files"), "with": "files"}, None)}, [("dcp", "FileSystemReader.read_metadata", 25)])
+
     def same_matrices(self, what):
         """Both sides must have loaded the same."""
         digests = {name: side.do("digest")["digest"] for name, side in self.sides.items()}
@@ -336,7 +381,7 @@ def main():
     parser.add_argument("--mpirun", default="mpirun")
     parser.add_argument("--work", required=True)
     parser.add_argument("--repeats", type=int, default=8, help="the first is dropped")
-    parser.add_argument("--only", default="", help="of: save,load,async,small,open,plan,quantized")
+    parser.add_argument("--only", default="", help="of: save,load,async,small,open,plan,quantized,torch")
     parser.add_argument("--quick", action="store_true", help="without cold caches and small tensors")
     parser.add_argument("--json")
     parser.add_argument("--svg")

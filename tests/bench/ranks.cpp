@@ -8,15 +8,17 @@
 // one line of JSON. Seconds are those of the slowest rank, from a barrier on.
 //   state tensors=64 rows=2048 columns=2048 dim=0     float32, split along `dim`
 //   fill | clear | check                              the memory: a function of name and position; zeros; compared with that function
-//   save place=... files=4 checksums=1 memory=268435456 engine=threads|uring
+//   save place=... as=safetensors|torch files=4 checksums=1 memory=268435456 engine=threads|uring
 //   async place=... files=4 stager=copy|deferred executor=thread|process
 //                                                     through a manager of a run at `place`, which only ever holds one checkpoint. Seconds are those of
 //                                                     the call; `commit` those until wait() returns, `planning` those of that in the call
 //   copy                                              the same bytes by memcpy, by as many threads as an async_save copies with
 //   compute place=... files=4                         seconds of 200 products of matrices on the main thread, while an async_save is written; without
 //                                                     a place: while nothing is
-//   load place=... verify=standard
-//   open place=...                                    a file: all that its header says
+//   load place=... as=safetensors|torch verify=standard
+//   open place=... as=safetensors|torch               a file: all that its header says; or a checkpoint of PyTorch's format
+//   convert from=... place=... memory=...             PyTorch's format to safetensors
+//   verify place=... | read place=...                 all bytes of a checkpoint of PyTorch's format, compared; or only read, by as many threads
 //   matrices count=8 rows=4096 columns=4096 dim=0     bfloat16, split along `dim` over the ranks
 //   fill-matrices | digest                            different values everywhere; the sum of their bits over all ranks, as `digest`
 //   save-matrices place=... quantized=1 files=4       in FP8 blocks of 128 x 128, or as they are
@@ -304,6 +306,27 @@ dcp::Verify verify_of(std::string const& name) {
   return name == "full" ? dcp::Verify::full : dcp::Verify::standard;
 }
 
+// All data files below a directory, in pieces of 1 MiB.
+std::uint64_t read_all(std::string const& place, int threads) {
+  dcp::Workers<> workers{static_cast<std::size_t>(threads)};
+  std::vector<dcp::AlignedBuffer> buffers(static_cast<std::size_t>(threads));
+  std::uint64_t all = 0;
+  for (auto const& entry : std::filesystem::directory_iterator{place}) {
+    if (entry.path().extension() != ".distcp") continue;
+    auto const file = std::make_shared<dcp::FileHandle>(dcp::FileHandle::open_read(entry.path().string()));
+    std::uint64_t const size = file->size();
+    all += size;
+    for (std::uint64_t begin = 0; begin < size; begin += 4 << 20)
+      workers.submit([&buffers, file, begin, size](std::size_t thread) {
+        if (buffers[thread].size() == 0) buffers[thread] = dcp::AlignedBuffer{1 << 20};
+        for (std::uint64_t at = begin, end = std::min<std::uint64_t>(size, begin + (4 << 20)); at < end; at += 1 << 20)
+          file->read_at(at, {buffers[thread].data(), static_cast<std::size_t>(std::min<std::uint64_t>(1 << 20, end - at))});
+      });
+  }
+  workers.finish([] {});
+  return all;
+}
+
 // The largest resident size so far; only ever rises.
 std::int64_t peak_kib() {
   std::ifstream in{"/proc/self/status"};
@@ -382,7 +405,8 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
           options.threads = static_cast<int>(number(words, "threads", options.threads));
           options.checksums = number(words, "checksums", 1) != 0;
           if (text(words, "direct") == "never") options.direct_io = dcp::DirectIo::never;
-          if (auto const files = number(words, "files", 1); files > 1) options.storage.file_of = files_of(state.tensors, files);
+          if constexpr (requires { options.storage.file_of; })
+            if (auto const files = number(words, "files", 1); files > 1) options.storage.file_of = files_of(state.tensors, files);
           if (world.rank() == 0) std::filesystem::remove_all(place);   // the other side's is removed before its turn, too
           timed([&] {
             auto const report = dcp::save<On>(world, place, state, options);
@@ -393,7 +417,8 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
         if (text(words, "engine") == "uring") save_on(dcp::BasicSafeTensors<dcp::UringFs>{});
         else
 #endif
-          save_on(dcp::SafeTensors{});
+          if (text(words, "as") == "torch") save_on(dcp::TorchDcp{});
+          else save_on(dcp::SafeTensors{});
       } else if (verb == "async") {
         Run& here = run();
         dcp::Report report;
@@ -419,15 +444,28 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
           pending.wait();
         }
       } else if (verb == "load") {
-        dcp::LoadOptions<dcp::SafeTensors> options;
-        options.verify = verify_of(text(words, "verify", "standard"));
-        options.memory_bytes = static_cast<std::uint64_t>(number(words, "memory", static_cast<std::int64_t>(dcp::default_memory_bytes)));
-        options.threads = static_cast<int>(number(words, "threads", options.threads));
-        timed([&] {
-          auto const report = dcp::load<dcp::SafeTensors>(world, place, state, options);
-          over_read = static_cast<double>(report.tensor_bytes + report.over_read_bytes + report.verification_bytes) / static_cast<double>(report.tensor_bytes);
-          if (number(words, "report", 0) != 0 && world.rank() == 0) std::cerr << report << '\n';
-        });
+        auto const load_from = [&]<class From>(From) {
+          dcp::LoadOptions<From> options;
+          options.verify = verify_of(text(words, "verify", "standard"));
+          options.memory_bytes = static_cast<std::uint64_t>(number(words, "memory", static_cast<std::int64_t>(dcp::default_memory_bytes)));
+          options.threads = static_cast<int>(number(words, "threads", options.threads));
+          timed([&] {
+            auto const report = dcp::load<From>(world, place, state, options);
+            over_read = static_cast<double>(report.tensor_bytes + report.over_read_bytes + report.verification_bytes) / static_cast<double>(report.tensor_bytes);
+            if (number(words, "report", 0) != 0 && world.rank() == 0) std::cerr << report << '\n';
+          });
+        };
+        if (text(words, "as") == "torch") load_from(dcp::TorchDcp{});
+        else load_from(dcp::SafeTensors{});
+      } else if (verb == "convert") {
+        dcp::ConvertOptions<dcp::TorchDcp, dcp::SafeTensors> options;
+        options.save.memory_bytes = static_cast<std::uint64_t>(number(words, "memory", static_cast<std::int64_t>(dcp::default_memory_bytes)));
+        if (world.rank() == 0) std::filesystem::remove_all(place);
+        timed([&] { dcp::convert<dcp::TorchDcp, dcp::SafeTensors>(world, text(words, "from"), place, options); });
+      } else if (verb == "verify") {
+        timed([&] { read_bytes = dcp::verify<dcp::TorchDcp>(world, place).verified_bytes; });
+      } else if (verb == "read") {
+        timed([&] { read_bytes = read_all(place, dcp::LoadOptions<dcp::TorchDcp>{}.threads); });
       } else if (verb == "matrices") {
         matrices.make(words);
       } else if (verb == "fill-matrices") {
@@ -445,6 +483,10 @@ int serve(dcp::MpiComm& world, std::string const& folder) {
         if (number(words, "report", 0) != 0 && world.rank() == 0) std::cerr << report << '\n';
       } else if (verb == "load-parts") {
         std::tie(seconds, read_bytes) = matrices.load_parts(words);
+      } else if (verb == "open" && text(words, "as") == "torch") {
+        timed([&] {
+          if (dcp::contents<dcp::TorchDcp>(world, place).tensors.empty()) failure = "no tensors";
+        });
       } else if (verb == "open") {
         timed([&] {
           dcp::FileHandle const file = dcp::FileHandle::open_read(place);

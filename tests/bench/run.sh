@@ -4,7 +4,7 @@
 #
 #   tests/bench/run.sh            every row, 8 turns each, the first of which is dropped: about ten minutes
 #   tests/bench/run.sh --quick    three turns, warm, large tensors: a minute's look
-#   tests/bench/run.sh --only save,load,async,small,open,plan,quantized
+#   tests/bench/run.sh --only save,load,async,small,open,plan,quantized,torch
 #
 # Installs what is missing, builds with -O2, prints one table and writes it to build/bench/results.json, .svg (the chart) and .md (the
 # table of README.md).

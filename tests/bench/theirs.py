@@ -10,7 +10,8 @@ Takes the commands of bench_ranks from <folder>/theirs.<rank>, and rank 0 answer
                                                                saves, which uses its memory again, shared with the process where that writes
   matrices count=8 rows=4096 columns=4096 dim=0 | digest       bfloat16, split along `dim` over the ranks; the sum of their bits over all ranks
   load-matrices with=quantized|gguf place=... threads=2        QuantizedHuggingFaceStorageReader; or gguf-py's dequantize, of this rank's rows
-  open place=...                                               safetensors.safe_open, the names of all tensors
+  open place=... with=files                                    FileSystemReader.read_metadata; without `with`, safetensors.safe_open, the names of all tensors
+  convert with=torch_save|hf from=... place=...                dcp_to_torch_save; or a load and HuggingFaceStorageWriter
 """
 import contextlib
 import json
@@ -28,6 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
@@ -189,6 +191,17 @@ def main():
                 digest = matrices.digest()
             elif verb == "load-matrices":
                 matrices.load(words["with"], words["place"], int(words.get("threads", 1)))
+            elif verb == "open" and "with" in words:
+                if not FileSystemReader(words["place"]).read_metadata().state_dict_metadata:
+                    raise RuntimeError("no tensors")
+            elif verb == "convert":
+                if rank == 0:
+                    shutil.rmtree(words["place"], ignore_errors=True)
+                if words["with"] == "torch_save":
+                    dcp_to_torch_save(words["from"], words["place"] + ".pt")
+                else:
+                    load(state, "files", words["from"])
+                    save(state, "hf", words["place"], 1)
             elif verb == "open":
                 with safe_open(words["place"], "pt") as file:
                     count = len(file.keys())

@@ -11,7 +11,6 @@
 #include <dcp/checkpoint/save.hpp>
 
 #include <cstdint>
-#include <list>
 #include <map>
 #include <memory>
 #include <string>
@@ -78,8 +77,8 @@ class StoredState {
     }
     for (auto const& [name, value] : catalog.values) {
       if (!selected(name, only)) continue;
-      ValueOps const& ops = ops_.emplace_back(ValueOps{value.kind, value.dtype, [](void const* object) { return *static_cast<Value const*>(object); }, nullptr});
-      state_.add_value(name, {const_cast<Value*>(&value), &ops, false, RankPolicy::fail}).joints = catalog.joints_of(name);
+      ops_.push_back(std::make_unique<ValueOps>(ValueOps{value.kind, value.dtype, [](void const* object) { return *static_cast<Value const*>(object); }, nullptr}));
+      state_.add_value(name, {const_cast<Value*>(&value), ops_.back().get(), false, RankPolicy::fail}).joints = catalog.joints_of(name);
     }
     for (auto const& key : only)
       if (std::none_of(state_.entries().begin(), state_.entries().end(), [&](StateEntry const& entry) { return selected(entry.name, {key}); }))
@@ -88,7 +87,7 @@ class StoredState {
   StateDict const& state() const { return state_; }
 
  private:
-  std::list<ValueOps> ops_;
+  std::vector<std::unique_ptr<ValueOps>> ops_;
   StateDict state_;
 };
 

@@ -26,7 +26,7 @@
 #include <dcp/plan/compare.hpp>
 
 #include <algorithm>
-#include <list>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -91,7 +91,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
       Comparison comparison;
       std::optional<Shares> shares;   // who reads what of replicas, where they share
       ReadPlan reads;
-      std::list<CatalogTensor> located;   // of what this rank reads, where the catalog does not know where in an archive it lies
+      std::vector<std::unique_ptr<CatalogTensor>> located;   // of what this rank reads, where the catalog does not know where in an archive it lies
     };
     Plan plan = agree(comm, "load: plan", [&] {
       Plan result;
@@ -124,7 +124,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
         if (!lies_in_archives(wanted.stored->pieces)) continue;
         std::vector<Box> boxes;
         boxes_to_read(t, [&](Box const& box, MemoryView const&) { boxes.push_back(box); });
-        CatalogTensor& mine = result.located.emplace_back(*wanted.stored);
+        CatalogTensor& mine = *result.located.emplace_back(std::make_unique<CatalogTensor>(*wanted.stored));
         auto const unwanted = [&](StoredPiece const& piece) {
           Box common;
           return std::none_of(boxes.begin(), boxes.end(), [&](Box const& box) { return intersect(box, piece.box, common); });
