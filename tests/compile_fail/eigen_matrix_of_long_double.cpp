@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // needs: eigen
-// error: dcp: no checkpoint format has this element type; use bool, a fixed-width integer, float, double, std::complex<float>, or a dcp float such as dcp::bf16
+// error: dcp: no checkpoint format has this element type; use bool, a fixed-width integer, float, double, std::complex of both, or a dcp float such as dcp::bf16
 #define EIGEN_NO_CUDA   // else Eigen 3.4 has a hundred lines of warnings of its own for nvcc
 #include <dcp/ext/eigen.hpp>
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// error: dcp: no checkpoint format has this element type; use bool, a fixed-width integer, float, double, std::complex<float>, or a dcp float such as dcp::bf16
+// error: dcp: no checkpoint format has this element type; use bool, a fixed-width integer, float, double, std::complex of both, or a dcp float such as dcp::bf16
 // error (gcc): an_element_type<Pixel
 // error (clang): is_element<Pixel
 // error (nvcc): T=Pixel

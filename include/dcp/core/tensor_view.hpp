@@ -16,7 +16,7 @@ namespace dcp {
 namespace detail {
 template <class T>
 struct an_element_type {
-  static_assert(is_element<T>, "dcp: no checkpoint format has this element type; use bool, a fixed-width integer, float, double, std::complex<float>, or a dcp float such as dcp::bf16");
+  static_assert(is_element<T>, "dcp: no checkpoint format has this element type; use bool, a fixed-width integer, float, double, std::complex of both, or a dcp float such as dcp::bf16");
   static_assert(!std::is_const_v<T>, "dcp: a tensor's element type is not const; loading writes into it");
 };
 template <class T, int Bits>
