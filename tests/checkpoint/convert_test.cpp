@@ -117,6 +117,24 @@ TEST_CASE("convert: a file of torch.save, GGUF and quantized checkpoints become 
   CHECK(summary<Fp8>(directory / "codes") == summary<Fp8>(directory / "direct"));
 }
 
+TEST_CASE("convert: elements smaller than a byte arrive, whatever windows they are written in") {
+  TemporaryDirectory const directory;
+  dcp::SelfComm self;
+  dcp::StateDict state;
+  std::vector<dcp::Bytes> memory;
+  std::uint32_t x = 1;
+  for (auto const& [dtype, shape] : std::vector<std::pair<DType, dcp::Extents>>{{DType::f4, {3, 1001, 2}}, {DType::f6_e2m3, {1000, 4}}, {DType::f6_e3m2, {8, 3}}, {DType::f4, {200000}}, {DType::f6_e2m3, {1 << 20, 12}}}) {
+    auto& bytes = memory.emplace_back(static_cast<std::size_t>(dcp::bytes_of(dtype, shape.elements())));
+    for (auto& byte : bytes) byte = static_cast<std::byte>((x = x * 1664525u + 1013904223u) >> 24);
+    state.add_tensor("t" + std::to_string(memory.size()), dtype, dcp::plain_layout(shape), {bytes.data(), dcp::row_major_strides(shape)});
+  }
+  dcp::save<dcp::SafeTensors>(self, directory / "a", state);
+  for (int ranks = 1; ranks <= 3; ++ranks) {
+    converted<dcp::SafeTensors, dcp::SafeTensors>(ranks, directory / "a", directory / ("b" + std::to_string(ranks)), {.save = {.memory_bytes = 16 << 20}});
+    CHECK(summary<dcp::SafeTensors>(directory / ("b" + std::to_string(ranks))) == summary<dcp::SafeTensors>(directory / "a"));
+  }
+}
+
 TEST_CASE("convert: names are selected as load_from_keys selects them, ties stay, and nested names stay nested") {
   TemporaryDirectory const directory;
   dcp::SelfComm self;
@@ -179,6 +197,27 @@ TEST_CASE("verify: says what was compared, and what has no checksum") {
   });
   dcp::SelfComm self;
   CHECK(outcome([&] { dcp::verify<dcp::TorchDcp>(self, golden::root() / "bad_torch" / "dcp_crc_flip"); }) == "corrupt");
+}
+
+TEST_CASE("CheckpointReader: what is damaged is refused every time that it is asked for, and the rest is not") {
+  TemporaryDirectory const directory;
+  dcp::SelfComm self;
+  std::vector<float> first(1 << 20, 1.0f), second(1 << 20, 2.0f);
+  dcp::save<dcp::SafeTensors>(self, directory / "a", {{"first", dcp::TensorView<float>{first, {1 << 20}}}, {"second", dcp::TensorView<float>{second, {1 << 20}}}});
+  auto reader = dcp::CheckpointReader::open<dcp::SafeTensors>(directory / "a");
+  {
+    std::fstream file{fs::path{directory / "a"} / "model-00001-of-00001.safetensors", std::ios::in | std::ios::out | std::ios::binary};
+    file.seekp(-3, std::ios::end);
+    file.put('X');
+  }
+  dcp::Bytes bytes(4096);
+  for (int time = 0; time < 3; ++time) {
+    CHECK(outcome([&] { reader.read("second", dcp::Box{{(1 << 20) - 1024}, {1024}}, bytes); }) == "corrupt");
+    CHECK(outcome([&] { reader.read("first", dcp::Box{{1024}, {1024}}, bytes); }) == "ok");
+  }
+  auto foreign = dcp::CheckpointReader::open<dcp::TorchDcp>(golden::root() / "bad_torch" / "dcp_crc_flip");
+  dcp::Bytes whole(6 * 4 * 4);
+  for (int time = 0; time < 3; ++time) CHECK(outcome([&] { foreign.read("w", dcp::Box{{0, 0}, {6, 4}}, whole); }) == "corrupt");
 }
 
 TEST_CASE("CheckpointReader: any box of any tensor, whatever it is stored as; and what is no box of one is refused") {

@@ -133,6 +133,46 @@ TEST_CASE("TorchFile: names of nested dicts and lists are joined by dots, tuples
   CHECK(state.tensors().at("pair.0").bytes()[0] == std::byte{1});
 }
 
+TEST_CASE("TorchFile: a conjugated or negated view of a storage is not tied to the storage as it is") {
+  dcp::pickle::Writer out;
+  auto const tensor = [&](char const* property) {
+    out.global("torch._utils", "_rebuild_tensor_v2").mark();
+    out.mark().text("storage").global("torch", "ComplexFloatStorage").text("0").text("cpu").integer(2).tuple().persistent_id();
+    out.integer(0).integer(2).tuple1().integer(1).tuple1().boolean(false).global("collections", "OrderedDict").empty_tuple().reduce();
+    if (property != nullptr) out.empty_dict().mark().text(property).boolean(true).setitems();
+    out.tuple().reduce();
+  };
+  out.empty_dict().mark().text("conjugated");
+  tensor("conj");
+  out.text("negated");
+  tensor("neg");
+  out.text("plain");
+  tensor(nullptr);
+  out.text("same");
+  tensor(nullptr);
+  out.text("twice");
+  tensor("conj");
+  out.setitems();
+  std::array<float, 4> const storage{1, 2, 3, 4};
+  TemporaryDirectory const directory;
+  fs::path const path = fs::path{directory.path()} / "x.pt";
+  auto const bytes = std::as_bytes(std::span{storage});
+  write_bytes(path, archive_of(out.take(), {dcp::Bytes(bytes.begin(), bytes.end())}));
+  dcp::SelfComm self;
+  auto const state = dcp::load_from_keys<dcp::TorchFile>(self, path);
+  auto const values = [&](std::string const& name) {
+    std::array<float, 4> found{};
+    std::memcpy(found.data(), state.tensors().at(name).bytes().data(), sizeof found);
+    return found;
+  };
+  CHECK(values("plain") == storage);
+  CHECK(values("same") == storage);
+  CHECK(values("conjugated") == std::array<float, 4>{1, -2, 3, -4});
+  CHECK(values("twice") == std::array<float, 4>{1, -2, 3, -4});
+  CHECK(values("negated") == std::array<float, 4>{-1, -2, -3, -4});
+  CHECK(dcp::contents<dcp::TorchFile>(self, path).ties == std::vector<std::pair<std::string, std::string>>{{"same", "plain"}, {"twice", "conjugated"}});
+}
+
 TEST_CASE("TorchFile: what is no file of torch.save, is damaged, or holds an object of an unknown class is refused, and says why") {
   TemporaryDirectory const directory;
   fs::path const path = fs::path{directory.path()} / "x.pt";

@@ -3,13 +3,13 @@
 // Boxes of a checkpoint's tensors, one after the other, in any order: for what passes over a checkpoint and never holds all of it.
 
 #include <dcp/base/config.hpp>
-#include <dcp/base/crc32.hpp>
 #include <dcp/base/threading.hpp>
 #include <dcp/checkpoint/open.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/read_plan.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -23,7 +23,7 @@ namespace dcp::detail {
 
 /// Reads boxes. Used by several threads at once; an opened checkpoint, which must outlive it, that was located (AnyStorage::locate).
 ///
-/// Verified  unless told not to: every chunk that is touched, or every record of an archive, is read whole and compared once, before a byte of it is used
+/// Verified  unless told not to: every chunk that is touched, or every record of an archive, is read whole and compared before a byte of it is used, once
 template <class = Deferred>
 class CatalogReader {
  public:
@@ -40,8 +40,6 @@ class CatalogReader {
     read_runs(runs);
     for (auto const& decode : plan.decodes) read_decoded(decode);
   }
-
-  std::uint64_t verified_bytes() const { return verified_bytes_; }
 
  private:
   struct Run {
@@ -91,45 +89,35 @@ class CatalogReader {
     std::string const& name = opened_.catalog.files[f].path;
     if (!opened_.checksums.has(name)) return;
     auto const& table = opened_.checksums.of(name);
-    std::uint64_t const size = opened_.catalog.files[f].size;
     Bytes buffer;
     for (auto const& run : runs)
-      for (std::uint64_t chunk = run.at / chunk_bytes; chunk * chunk_bytes < run.at + run.bytes; ++chunk) {
-        if (!first_time(f, chunk)) continue;
-        verify_chunk(file(f), path(f), size, chunk, table[static_cast<std::size_t>(chunk)], "", buffer);
-        verified_bytes_ += buffer.size();
-      }
+      for (std::uint64_t chunk = run.at / chunk_bytes; chunk * chunk_bytes < run.at + run.bytes; ++chunk)
+        once(f, chunk, [&] { verify_chunk(file(f), path(f), opened_.catalog.files[f].size, chunk, table[static_cast<std::size_t>(chunk)], "", buffer); });
   }
   void verify_records(CatalogTensor const& tensor, Box const& box) {
     Box common;
-    for (auto const& piece : tensor.pieces) {
-      if (!piece.crc32 || !intersect(box, piece.box, common) || !first_time(piece.file, piece.offset)) continue;
-      constexpr std::uint64_t most = 1 << 20;
-      std::uint64_t const bytes = piece.decoded ? piece.container_bytes : bytes_of(tensor.dtype, static_cast<std::int64_t>(piece.box.size()));
-      Bytes buffer(static_cast<std::size_t>(std::min(most, bytes)));
-      std::uint32_t crc = 0;
-      for (std::uint64_t at = 0; at < bytes; at += most) {
-        ByteSpan const part{buffer.data(), static_cast<std::size_t>(std::min(most, bytes - at))};
-        file(piece.file).read_at(piece.offset + at, part);
-        crc = crc32(part, crc);
-      }
-      if (crc != *piece.crc32)
-        throw Error{ErrorCode::corrupt, tensor.name + ": a record of an archive does not have the CRC-32 that was written with it"}.with_path(path(piece.file)).with_range(piece.offset, piece.offset + bytes);
-      verified_bytes_ += bytes;
-    }
+    Bytes buffer;
+    for (auto const& piece : tensor.pieces)
+      if (piece.crc32 && intersect(box, piece.box, common)) once(piece.file, piece.offset, [&] { verify_record(file(piece.file), path(piece.file), record_of(tensor.dtype, piece), tensor.name, buffer); });
   }
-  bool first_time(std::uint32_t f, std::uint64_t what) {
+  // Who comes while another thread compares waits for it. What is found to be wrong is found again by whoever asks again.
+  template <class Compare>
+  void once(std::uint32_t f, std::uint64_t what, Compare compare) {
+    std::lock_guard const comparing{comparing_[(f * 31 + what) % comparing_.size()]};
+    {
+      std::lock_guard const lock{mutex_};
+      if (verified_.contains({f, what})) return;
+    }
+    compare();
     std::lock_guard const lock{mutex_};
-    return verified_.insert({f, what}).second;
+    verified_.insert({f, what});
   }
 
   void read_decoded(Decode const& decode) {
     constexpr std::uint64_t tile_bytes = 512 << 10;
     CatalogTensor const& tensor = *decode.tensor;
     Encoding const& encoding = *tensor.encoding;
-    std::uint64_t const bytes = std::max<std::uint64_t>(1, encoding.bytes_needed(decode.held));
-    std::int64_t const elements = decode.held.shape.elements();
-    std::int64_t const most = bytes <= tile_bytes ? elements : std::max<std::int64_t>(1, static_cast<std::int64_t>(static_cast<double>(elements) * static_cast<double>(tile_bytes) / static_cast<double>(bytes)));
+    std::int64_t const most = elements_of_tile(encoding, decode.held, tile_bytes);
     std::vector<Bytes> scratch(encoding.parts().size());
     for_each_tile(encoding, decode.held, most, [&](Box const& tile) {
       std::map<std::uint32_t, std::vector<Run>> runs;
@@ -161,9 +149,9 @@ class CatalogReader {
   OpenedCheckpoint& opened_;
   bool verify_;
   Mutex mutex_;
+  std::array<Mutex, 61> comparing_;   // by file and place
   std::vector<std::unique_ptr<ReadableFile>> files_;
   std::set<std::pair<std::uint32_t, std::uint64_t>> verified_;   // (file, chunk, or the offset of a record)
-  Atomic<std::uint64_t> verified_bytes_{0};
 };
 
 }  // namespace dcp::detail

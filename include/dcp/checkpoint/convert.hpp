@@ -23,7 +23,7 @@ template <class From, class To>
 struct ConvertOptions {
   std::vector<std::string> only = {};     // entries of these names or below them, as of load_from_keys; empty: all
   DType decode_to = DType::bf16;          // what tensors become that are stored quantized: F32, BF16, F16 or F64
-  LoadOptions<From> load = {};            // verify, threads, storage
+  LoadOptions<From> load = {};            // verify, storage
   SaveOptions<To> save = {};
 };
 

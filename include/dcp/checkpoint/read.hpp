@@ -188,31 +188,22 @@ class Reader {
   template <class Alive>
   void verify_records(Workers<>& workers, Alive alive) {
     if (opened_.record || settings_.verify == Verify::none) return;
-    auto const compare = [this](std::uint32_t crc, std::uint32_t expected, std::uint32_t f, std::uint64_t begin, std::uint64_t end) {
-      if (crc != expected) throw Error{ErrorCode::corrupt, "a record of an archive does not have the CRC-32 that was written with it; it holds " + tensors_in({begin, end}, f)}.with_path(path(f)).with_range(begin, end);
-    };
     for (std::uint32_t t = 0; t < index_.transfers().size(); ++t)
       if (auto const expected = purposes_[index_[t].tensor].crc32)
-        workers.submit([this, compare, t, expected](std::size_t) {
+        workers.submit([this, t, expected](std::size_t) {
           Transfer const& transfer = index_[t];
           std::uint32_t crc = 0;
           transfer.for_each_run(transfer.begin, transfer.end, [&](std::uint64_t, std::byte const* memory, std::size_t bytes) { crc = crc32({memory, bytes}, crc); });
-          compare(crc, *expected, transfer.file, transfer.file_begin(), transfer.file_end());
+          FileRange const range{transfer.file_begin(), transfer.file_end()};
+          if (crc != *expected) throw wrong_record(path(transfer.file), range.begin, range.end, tensors_in(range, transfer.file));
           std::lock_guard const lock{mutex_};
           verified_bytes += transfer.bytes();
           unverified_bytes -= transfer.bytes();
         });
     for (auto const& record : records_)
-      workers.submit([this, compare, &record](std::size_t) {
-        constexpr std::uint64_t piece = 1 << 20;
-        Bytes buffer(static_cast<std::size_t>(std::min(piece, record.bytes)));
-        std::uint32_t crc = 0;
-        for (std::uint64_t at = 0; at < record.bytes; at += piece) {
-          ByteSpan const part{buffer.data(), static_cast<std::size_t>(std::min(piece, record.bytes - at))};
-          file(record.file).read_at(record.offset + at, part);
-          crc = crc32(part, crc);
-        }
-        compare(crc, record.crc32, record.file, record.offset, record.offset + record.bytes);
+      workers.submit([this, &record](std::size_t) {
+        Bytes buffer;
+        verify_record(file(record.file), path(record.file), record, tensors_in({record.offset, record.offset + record.bytes}, record.file), buffer);
         verification_bytes += record.bytes;
       });
     workers.finish(alive);
@@ -277,10 +268,8 @@ class Reader {
     for (std::uint32_t d = 0; d < decodes_.size(); ++d) {
       Encoding const& encoding = *decodes_[d].tensor->encoding;
       Box const& held = decodes_[d].held;
-      std::int64_t const elements = held.shape.elements();
-      if (elements == 0) continue;
-      std::uint64_t const bytes = std::max<std::uint64_t>(1, encoding.bytes_needed(held));
-      std::int64_t const most = bytes <= tile_bytes ? elements : std::max<std::int64_t>(1, static_cast<std::int64_t>(static_cast<double>(elements) * static_cast<double>(tile_bytes) / static_cast<double>(bytes)));
+      if (held.empty()) continue;
+      std::int64_t const most = elements_of_tile(encoding, held, tile_bytes);
       for_each_tile(encoding, held, most, [&](Box const& box) { tiles.push_back({d, box}); });
     }
     return tiles;

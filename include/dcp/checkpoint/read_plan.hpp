@@ -3,9 +3,12 @@
 // What a rank reads, and what it does with it: bytes that go to memory as they are or cast, and boxes that are decoded.
 
 #include <dcp/base/config.hpp>
+#include <dcp/base/crc32.hpp>
+#include <dcp/media/medium.hpp>
 #include <dcp/plan/catalog.hpp>
 #include <dcp/plan/transfer.hpp>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -26,6 +29,28 @@ struct SummedRecord {
   std::uint64_t offset, bytes;
   std::uint32_t crc32;
 };
+/// The record that a piece is, or is decoded from. Pre: piece.crc32
+template <class = Deferred>
+SummedRecord record_of(DType dtype, StoredPiece const& piece) {
+  return {piece.file, piece.offset, piece.decoded != nullptr ? piece.container_bytes : bytes_of(dtype, static_cast<std::int64_t>(piece.box.size())), *piece.crc32};
+}
+template <class = Deferred>
+Error wrong_record(std::string const& path, std::uint64_t begin, std::uint64_t end, std::string const& tensors) {
+  return Error{ErrorCode::corrupt, "a record of an archive does not have the CRC-32 that was written with it; it holds " + tensors}.with_path(path).with_range(begin, end);
+}
+/// Reads and compares one. Throws Error(corrupt).
+template <class = Deferred>
+void verify_record(ReadableFile& file, std::string const& path, SummedRecord const& record, std::string const& tensors, Bytes& buffer) {
+  constexpr std::uint64_t piece = 1 << 20;   // stays in cache until it is summed up
+  buffer.resize(static_cast<std::size_t>(std::min(piece, record.bytes)));
+  std::uint32_t crc = 0;
+  for (std::uint64_t at = 0; at < record.bytes; at += piece) {
+    ByteSpan const part{buffer.data(), static_cast<std::size_t>(std::min(piece, record.bytes - at))};
+    file.read_at(record.offset + at, part);
+    crc = crc32(part, crc);
+  }
+  if (crc != record.crc32) throw wrong_record(path, record.offset, record.offset + record.bytes, tensors);
+}
 
 /// A box of a tensor that is to be decoded into memory.
 struct Decode {
@@ -69,6 +94,14 @@ void for_each_source(std::vector<StoredPiece> const& pieces, Box const& box, Vis
     if (!hole.empty()) missing(hole);
 }
 
+/// How many elements of `held` a tile has that needs about `tile_bytes` of parts.
+template <class = Deferred>
+std::int64_t elements_of_tile(Encoding const& encoding, Box const& held, std::uint64_t tile_bytes) {
+  std::int64_t const elements = held.shape.elements();
+  std::uint64_t const bytes = std::max<std::uint64_t>(1, encoding.bytes_needed(held));
+  return bytes <= tile_bytes ? elements : std::max<std::int64_t>(1, static_cast<std::int64_t>(static_cast<double>(elements) * static_cast<double>(tile_bytes) / static_cast<double>(bytes)));
+}
+
 /// The transfers that fill `held` of a tensor from its stored pieces, or what decodes it. Where pieces overlap, the first fills and the others are compared;
 /// `all`: so are those that are stored twice, and everything is verified.
 template <class = Deferred>
@@ -82,7 +115,7 @@ void plan_reads(CatalogTensor const& stored, DType memory_dtype, Box const& held
       std::int64_t at = 0;
       for (int d = 0; d < part.rank(); ++d) inside.origin[d] -= piece.box.origin[d], at += (part.origin[d] - held.origin[d]) * memory.strides[d];
       plan.decodes.push_back({piece.decoded.get(), inside, memory_dtype, {memory.data + static_cast<std::ptrdiff_t>(bytes_of(memory_dtype, at)), memory.strides}, counts});
-      if (all && piece.crc32) plan.records.push_back({piece.file, piece.offset, piece.container_bytes, *piece.crc32});
+      if (all && piece.crc32) plan.records.push_back(record_of(stored.dtype, piece));
       return;
     }
     Transfer transfer = make_transfer(stored.dtype, memory_dtype, part, held, memory, piece.box, piece.offset);
@@ -90,7 +123,7 @@ void plan_reads(CatalogTensor const& stored, DType memory_dtype, Box const& held
     bool const whole = piece.crc32 && !compare && stored.dtype == memory_dtype && part == piece.box;
     plan.transfers.push_back(transfer);
     plan.purposes.push_back({counts, compare, whole ? piece.crc32 : std::nullopt});
-    if (all && piece.crc32 && !whole) plan.records.push_back({piece.file, piece.offset, bytes_of(stored.dtype, static_cast<std::int64_t>(piece.box.size())), *piece.crc32});
+    if (all && piece.crc32 && !whole) plan.records.push_back(record_of(stored.dtype, piece));
   };
   if (held.empty()) return;
   if (stored.encoding != nullptr) return plan.decodes.push_back({&stored, held, memory_dtype, memory, counts});

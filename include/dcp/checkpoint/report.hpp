@@ -47,9 +47,9 @@ struct Phase {
   }
 };
 
-/// The result of save, load and reshard, equal on all ranks.
+/// The result of save, load, reshard, convert and verify, equal on all ranks.
 struct Report {
-  std::string operation;                 // "save", "load", "reshard"
+  std::string operation;                 // "save", "load", "reshard", "convert", "verify"
   std::string place;
   std::string id;                        // of the commit; empty for a foreign checkpoint
   int ranks = 0;

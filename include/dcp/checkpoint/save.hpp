@@ -103,14 +103,28 @@ void compare_replicas(CommRef comm, AgreedState const& state) {
   }
 }
 
-/// A box of a tensor that has a source.
+/// A box of a tensor that has a source. Of elements smaller than a byte it is a box of bytes, and reads as many slices as begin and end on one.
 template <class = Deferred>
 class BoxSource final : public ElementSource {
  public:
   BoxSource(std::shared_ptr<TensorSource const> source, DType dtype, Box const& box) : source_{std::move(source)}, dtype_{dtype}, box_{box} {}
   void produce(std::int64_t first, std::int64_t count, std::byte* out) const override {
-    std::int64_t const bits = bits_of(dtype_), in_bytes = bits < 8 ? 8 / bits : 1;   // elements smaller than a byte are counted in bytes
-    for_each_box(box_, first * in_bytes, (first + count) * in_bytes, [&](Box const& box, std::int64_t at) { source_->read(box, out + (at - first * in_bytes) * bits / 8); });
+    std::int64_t const bits = bits_of(dtype_);
+    if (bits >= 8) {
+      for_each_box(box_, first, first + count, [&](Box const& box, std::int64_t at) { source_->read(box, out + (at - first) * bits / 8); });
+      return;
+    }
+    if (box_.rank() == 0) return source_->read(box_, out);
+    std::int64_t const slice = std::max<std::int64_t>(1, box_.shape.elements() / box_.shape[0]) * bits;   // in bits
+    std::int64_t whole = 1;                                                                              // slices that are whole bytes
+    while (slice * whole % 8 != 0) whole *= 2;
+    std::int64_t const begin = first * 8 / slice / whole * whole, end = std::min(box_.shape[0], ceil_div(ceil_div((first + count) * 8, slice), whole) * whole);
+    Box box = box_;
+    box.origin[0] += begin;
+    box.shape[0] = end - begin;
+    Bytes bytes(static_cast<std::size_t>(bytes_of(dtype_, static_cast<std::int64_t>(box.size()))));
+    source_->read(box, bytes.data());
+    std::memcpy(out, bytes.data() + (first - begin * slice / 8), static_cast<std::size_t>(count));
   }
 
  private:

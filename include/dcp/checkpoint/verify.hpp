@@ -52,7 +52,10 @@ Report verify_checkpoint(CommRef comm, AnyStorage const& storage, PlaceRef const
         for (auto const& tensor : opened.catalog.tensors)
           for (auto const* pieces : {&tensor.pieces, &tensor.copies})
             for (auto const& piece : *pieces)
-              if (piece.crc32) parts.push_back({opened.catalog.files[piece.file].path, piece.offset, piece.decoded ? piece.container_bytes : bytes_of(tensor.dtype, static_cast<std::int64_t>(piece.box.size())), nullptr, *piece.crc32, &tensor.name});
+              if (piece.crc32) {
+                SummedRecord const record = record_of(tensor.dtype, piece);
+                parts.push_back({opened.catalog.files[piece.file].path, record.offset, record.bytes, nullptr, record.crc32, &tensor.name});
+              }
         std::stable_sort(parts.begin(), parts.end(), [](Part const& a, Part const& b) { return a.path != b.path ? a.path < b.path : a.begin < b.begin; });
       }
       std::uint64_t total = 0;
@@ -69,7 +72,7 @@ Report verify_checkpoint(CommRef comm, AnyStorage const& storage, PlaceRef const
           if (name != part.path || !file) file = medium.open_read(path), name = part.path;
           if (part.listed != nullptr) require_size(*file, path, part.listed->size);
           AlignedBuffer& buffer = buffers[thread];
-          if (buffer.size() == 0) buffer = AlignedBuffer{static_cast<std::size_t>(part_bytes)};
+          if (buffer.size() == 0) buffer = AlignedBuffer{static_cast<std::size_t>(chunk_bytes)};
           std::uint32_t crc = 0;
           for (std::uint64_t at = part.begin, end = part.begin + part.bytes; at < end; at += chunk_bytes) {
             ByteSpan const bytes{buffer.data(), static_cast<std::size_t>(std::min(chunk_bytes, end - at))};   // stays in cache until it is summed up
@@ -79,7 +82,7 @@ Report verify_checkpoint(CommRef comm, AnyStorage const& storage, PlaceRef const
             done += bytes.size();
           }
           if (part.listed == nullptr && crc != part.crc32)
-            throw Error{ErrorCode::corrupt, *part.tensor + ": a record of an archive does not have the CRC-32 that was written with it"}.with_path(path).with_range(part.begin, part.begin + part.bytes);
+            throw wrong_record(path, part.begin, part.begin + part.bytes, *part.tensor);
           verified += part.bytes;
         });
       auto reported = Stopwatch::clock::now();

@@ -57,6 +57,9 @@ constexpr bool dtype_called(std::string_view name, DType& dtype) {
   return false;
 }
 
+/// Of an element as PyTorch counts them: of F4, a pair.
+constexpr std::uint64_t element_bytes(DType dtype) { return dtype == DType::f4 ? 1 : static_cast<std::uint64_t>(bits_of(dtype)) / 8; }
+
 /// Elements of PyTorch's F4 are pairs: as its last dimension counts them, and as ours does. Throws Error(unsupported) for a scalar of pairs and for an odd number.
 template <class = Deferred>
 Extents shape_from_torch(DType dtype, Extents shape) {
@@ -103,8 +106,6 @@ struct TensorObject {
   Extents shape;                                // as PyTorch counts
   std::vector<std::uint64_t> strides{};         // in elements
   bool conjugate = false, negative = false;     // what is stored is to be conjugated, or negated
-
-  std::uint64_t element_bytes() const { return dtype == DType::f4 ? 1 : static_cast<std::uint64_t>(bits_of(dtype)) / 8; }
 };
 
 namespace detail {
@@ -123,20 +124,22 @@ Extents sizes_of(pickle::Value const& value) {
   return Extents{sizes};
 }
 
+}  // namespace detail
+
+/// Whether it is a tensor, or a parameter.
 template <class = Deferred>
 bool is_tensor(pickle::Value const& value) {
   if (value.kind() != pickle::Kind::object || value.module() != "torch._utils") return false;
   std::string_view const name = value.name();
   return name == "_rebuild_tensor_v2" || name == "_rebuild_tensor_v3" || name == "_rebuild_tensor" || name == "_rebuild_parameter" || name == "_rebuild_parameter_with_state";
 }
-}  // namespace detail
 
 /// Throws    Error(bad_schema), Error(unsupported), Error(unsupported_dtype)
 template <class = Deferred>
 TensorObject parse_tensor(pickle::Value value) {
   // A parameter is a tensor, and whether it wants gradients.
-  while (detail::is_tensor(value) && value.name().starts_with("_rebuild_parameter")) value = value.arguments().item(0);
-  if (!detail::is_tensor(value)) detail::bad_object(value.kind() == pickle::Kind::object ? "a " + std::string{value.module()} + "." + std::string{value.name()} + " where a tensor belongs" : "no tensor");
+  while (is_tensor(value) && value.name().starts_with("_rebuild_parameter")) value = value.arguments().item(0);
+  if (!is_tensor(value)) detail::bad_object(value.kind() == pickle::Kind::object ? "a " + std::string{value.module()} + "." + std::string{value.name()} + " where a tensor belongs" : "no tensor");
   pickle::Value const arguments = value.arguments(), reference = arguments.item(0);
   if (reference.kind() != pickle::Kind::persistent) detail::bad_object("a tensor over something that is no storage");
   pickle::Value const storage = reference.persistent_id();
@@ -154,7 +157,7 @@ TensorObject parse_tensor(pickle::Value value) {
     auto const known = std::find_if(detail::dtype_names.begin(), detail::dtype_names.end(), [&](auto const& names) { return !names.storage.empty() && names.storage == storage.item(1).name(); });
     if (storage.item(1).module() != "torch" || known == detail::dtype_names.end()) throw Error{ErrorCode::unsupported_dtype, "a storage of the unknown class " + std::string{storage.item(1).module()} + "." + std::string{storage.item(1).name()}};
     tensor.dtype = static_cast<DType>(known - detail::dtype_names.begin());
-    if (!checked_multiply(count, tensor.element_bytes(), tensor.storage_bytes)) throw Error{ErrorCode::overflow, "a storage of " + std::to_string(count) + " elements"};
+    if (!checked_multiply(count, element_bytes(tensor.dtype), tensor.storage_bytes)) throw Error{ErrorCode::overflow, "a storage of " + std::to_string(count) + " elements"};
   }
   tensor.first = arguments.item(1).natural();
   tensor.shape = detail::sizes_of(arguments.item(2));
@@ -176,7 +179,7 @@ TensorObject parse_tensor(pickle::Value value) {
     else fits = fits && checked_multiply(static_cast<std::uint64_t>(tensor.shape[d] - 1), tensor.strides[static_cast<std::size_t>(d)], reach) && checked_add(last, reach, last);
   }
   if (empty) last = 0;
-  fits = fits && (empty || (checked_add(last, 1, end) && checked_multiply(end, tensor.element_bytes(), end) && end <= tensor.storage_bytes));
+  fits = fits && (empty || (checked_add(last, 1, end) && checked_multiply(end, element_bytes(tensor.dtype), end) && end <= tensor.storage_bytes));
   if (!fits) throw Error{ErrorCode::size_mismatch, "a tensor of shape " + to_string(tensor.shape) + " reaches beyond its storage of " + std::to_string(tensor.storage_bytes) + " bytes"};
   return tensor;
 }
@@ -377,7 +380,7 @@ class ObjectReader {
     ConstByteSpan const storage = records_(view.key);
     if (storage.size() < view.storage_bytes) throw Error{ErrorCode::size_mismatch, "a storage of " + std::to_string(view.storage_bytes) + " bytes has a record of " + std::to_string(storage.size())};
     if (view.conjugate || view.negative) throw Error{ErrorCode::unsupported, "a conjugate or negated tensor inside an object"};
-    std::uint64_t const each = view.element_bytes(), count = static_cast<std::uint64_t>(view.shape.elements());
+    std::uint64_t const each = element_bytes(view.dtype), count = static_cast<std::uint64_t>(view.shape.elements());
     if (count > options_.max_text_bytes / (2 * each)) throw Error{ErrorCode::limit, "a tensor of " + std::to_string(count) + " elements inside an object"};
     Bytes bytes;
     bytes.reserve(static_cast<std::size_t>(count * each));
@@ -514,14 +517,14 @@ void for_each_leaf(pickle::Value const& root, Visit visit) {
     static bool is_dict(pickle::Value const& value) { return value.kind() == pickle::Kind::dict || (value.kind() == pickle::Kind::object && value.module() == "collections"); }
     static bool is_sequence(pickle::Value const& value) { return value.kind() == pickle::Kind::list || value.kind() == pickle::Kind::tuple; }
     static bool holds_tensor(pickle::Value const& value) {
-      bool found = detail::is_tensor(value);
+      bool found = is_tensor(value);
       if (is_sequence(value)) value.for_each([&](pickle::Value const& item) { found = found || holds_tensor(item); });
       if (is_dict(value)) value.for_each_pair([&](pickle::Value const&, pickle::Value const& item) { found = found || holds_tensor(item); });
       return found;
     }
     static bool descends(pickle::Value const& list) {
       bool found = false;
-      list.for_each([&](pickle::Value const& item) { found = found || detail::is_tensor(item) || is_dict(item) || (item.kind() == pickle::Kind::list && descends(item)); });
+      list.for_each([&](pickle::Value const& item) { found = found || is_tensor(item) || is_dict(item) || (item.kind() == pickle::Kind::list && descends(item)); });
       return found;
     }
     static Leaf below(Leaf const& leaf, std::string const& name, bool at_root) {
@@ -545,7 +548,7 @@ void for_each_leaf(pickle::Value const& root, Visit visit) {
       }
     }
   };
-  Walk{visit}.walk(root, {detail::is_tensor(root) ? "tensor" : "value", {}}, true);
+  Walk{visit}.walk(root, {is_tensor(root) ? "tensor" : "value", {}}, true);
 }
 
 // ---- values as objects

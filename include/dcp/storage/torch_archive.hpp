@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -23,56 +24,68 @@
 
 namespace dcp::detail {
 
-/// An archive of torch.save in memory.
+/// An archive of torch.save, of which only what is asked for is read, by read(position, bytes). What is read is compared with its CRC-32.
+template <class Read>
 class TorchArchive {
  public:
-  template <class = Deferred>
-  explicit TorchArchive(ConstByteSpan bytes) : bytes_{bytes}, directory_{zip::read_directory(bytes)} {
+  TorchArchive(std::uint64_t size, Read read) : read_{std::move(read)}, directory_{zip::read_directory(size, read_)} {
     // All records are below one directory, whose name is that of the file that was first written.
+    constexpr std::string_view pickle_name = "/data.pkl";
     for (auto const& entry : directory_.entries)
-      if (entry.name.ends_with(pickle_name) && entry.name.find('/') == entry.name.size() - pickle_name.size()) root_ = entry.name.substr(0, entry.name.size() - pickle_name.size());
+      if (entry.name.ends_with(pickle_name) && entry.name.find('/') == entry.name.size() - pickle_name.size()) root_ = entry.name.substr(0, entry.name.size() - pickle_name.size() + 1);
     if (root_.empty()) throw Error{ErrorCode::bad_schema, "an archive without a data.pkl"};
     if (auto const* order = find("byteorder")) {
-      std::string_view const text = as_text(zip::data_of(bytes_, *order));
+      Bytes const bytes = data(*order, 16);
+      std::string_view const text = as_text(bytes);
       if (text != "little" && text != "big") throw Error{ErrorCode::bad_schema, "the byte order " + shown(text)};
       swapped_ = text == "big";
     }
   }
 
-  /// The pickle, once its CRC-32 has been compared.
-  template <class = Deferred>
-  ConstByteSpan pickle() const { return data(*find("data.pkl")); }
-  /// The bytes of storage `key`, compared.
-  template <class = Deferred>
-  ConstByteSpan storage(std::string_view key) const { return data(record(key)); }
-  /// Where they are.
-  template <class = Deferred>
-  zip::BasicEntry<std::string_view> const& record(std::string_view key) const {
+  Bytes pickle() const { return data(*find("data.pkl"), most_object_bytes); }
+  /// The storage `key`: where its bytes lie; and these.
+  zip::Entry const& record(std::string_view key) const {
     auto const* entry = find("data/" + std::string{key});
     if (entry == nullptr) throw Error{ErrorCode::missing_tensor, "an archive without the storage " + shown(key) + " of its tensor"};
     return *entry;
   }
+  Bytes storage(std::string_view key) const { return data(record(key), most_object_bytes); }
+  /// Whether numbers have their most significant byte first.
   bool swapped() const { return swapped_; }
 
  private:
-  static constexpr std::string_view pickle_name = "/data.pkl";
+  static constexpr std::uint64_t most_object_bytes = 1ull << 30;   // that are in memory at once
 
-  template <class = Deferred>
-  zip::BasicEntry<std::string_view> const* find(std::string const& name) const { return directory_.find(std::string{root_} + '/' + name); }
-  template <class = Deferred>
-  ConstByteSpan data(zip::BasicEntry<std::string_view> const& entry) const {
-    ConstByteSpan const data = zip::data_of(bytes_, entry);
-    zip::check_crc(entry, crc32(data));
-    return data;
+  zip::Entry const* find(std::string const& name) const {
+    auto const* const entry = directory_.find(root_ + name);
+    if (entry == nullptr) return nullptr;
+    zip::Entry& found = directory_.entries[static_cast<std::size_t>(entry - directory_.entries.data())];
+    if (found.data == 0) zip::locate(found, read_);   // data never begin at 0, where a header is
+    return &found;
+  }
+  Bytes data(zip::Entry const& entry, std::uint64_t most) const {
+    if (entry.size > most) throw Error{ErrorCode::limit, "a record " + entry.name + " of " + std::to_string(entry.size) + " bytes"};
+    Bytes bytes(static_cast<std::size_t>(entry.size));
+    read_(entry.data, ByteSpan{bytes});
+    zip::check_crc(entry, crc32(bytes));
+    return bytes;
   }
 
-  ConstByteSpan bytes_;
-  zip::DirectoryView directory_;
-  std::string_view root_;
+  Read read_;
+  mutable zip::Directory directory_;   // whose records are located when they are asked for
+  std::string root_;
   bool swapped_ = false;
 };
+/// An archive in memory.
+template <class = Deferred>
+auto archive_in(ConstByteSpan bytes) {
+  return TorchArchive{bytes.size(), [bytes](std::uint64_t position, ByteSpan to) {
+                        if (position > bytes.size() || to.size() > bytes.size() - position) throw Error{ErrorCode::truncated, "an archive ends before a record of it"};
+                        if (!to.empty()) std::memcpy(to.data(), bytes.data() + position, to.size());
+                      }};
+}
 
-/// The tensor of an archive, and where its storage lies.
+/// A tensor of an archive, and where its storage lies.
 struct ArchivedTensor {
   torch::TensorObject object;    // but for its key
   std::uint64_t data = 0;        // position of the storage in the archive
@@ -83,61 +96,35 @@ struct ArchivedTensor {
   ElementTransform transform() const { return {object.conjugate, object.negative, swapped && number_bytes(object.dtype) > 1}; }
 };
 
-template <class = Deferred>
-ArchivedTensor archived_tensor(ConstByteSpan pickle_bytes, bool swapped, torch::TensorObject& object) {
-  auto const tree = pickle::Tree::parse(pickle_bytes, torch::is_known_global<>);
-  object = torch::parse_tensor(tree.root());
-  return {object, 0, 0, 0, swapped};
-}
-template <class = Deferred>
-void require_record(ArchivedTensor const& tensor) {
-  if (tensor.record_bytes < tensor.object.storage_bytes)
-    throw Error{ErrorCode::size_mismatch, "a storage of " + std::to_string(tensor.object.storage_bytes) + " bytes has a record of " + std::to_string(tensor.record_bytes)};
-}
-/// Of an archive in memory.
-template <class = Deferred>
-ArchivedTensor archived_tensor(TorchArchive const& archive) {
-  torch::TensorObject object;
-  ArchivedTensor tensor = archived_tensor(archive.pickle(), archive.swapped(), object);
-  auto const& record = archive.record(object.key);
-  tensor.data = record.data, tensor.record_bytes = record.size, tensor.crc32 = record.crc;
-  tensor.object.key = {};
-  require_record(tensor);
-  return tensor;
-}
-/// Of an archive of which only what is needed is read, by read(position, bytes).
+/// Throws    what parsing the tensor throws; Error(missing_tensor), Error(size_mismatch) for a storage that is not there, or smaller than it says
 template <class Read>
-ArchivedTensor archived_tensor(std::uint64_t size, Read read) {
-  zip::Directory directory = zip::read_directory(size, read);
-  constexpr std::string_view pickle_name = "/data.pkl";
-  auto const pickle_at = std::find_if(directory.entries.begin(), directory.entries.end(), [&](auto const& entry) { return entry.name.ends_with(pickle_name) && entry.name.find('/') == entry.name.size() - pickle_name.size(); });
-  if (pickle_at == directory.entries.end()) throw Error{ErrorCode::bad_schema, "an archive without a data.pkl"};
-  std::string const root = pickle_at->name.substr(0, pickle_at->name.size() - pickle_name.size() + 1);
-  auto const read_record = [&](zip::Entry& entry) {
-    if (entry.size > (64 << 20)) throw Error{ErrorCode::limit, "a record " + entry.name + " of " + std::to_string(entry.size) + " bytes"};
-    zip::locate(entry, read);
-    Bytes bytes(static_cast<std::size_t>(entry.size));
-    read(entry.data, ByteSpan{bytes});
-    zip::check_crc(entry, crc32(bytes));
-    return bytes;
-  };
-  auto const find = [&](std::string const& name) { return std::find_if(directory.entries.begin(), directory.entries.end(), [&](auto const& entry) { return entry.name == root + name; }); };
-  bool swapped = false;
-  if (auto const order = find("byteorder"); order != directory.entries.end()) {
-    Bytes const text = read_record(*order);
-    if (as_text(text) != "little" && as_text(text) != "big") throw Error{ErrorCode::bad_schema, "the byte order " + shown(as_text(text))};
-    swapped = as_text(text) == "big";
-  }
-  Bytes const pickle_bytes = read_record(*pickle_at);
-  torch::TensorObject object;
-  ArchivedTensor tensor = archived_tensor(pickle_bytes, swapped, object);
-  auto const record = find("data/" + std::string{object.key});
-  if (record == directory.entries.end()) throw Error{ErrorCode::missing_tensor, "an archive without the storage " + shown(object.key) + " of its tensor"};
-  zip::locate(*record, read);
-  tensor.data = record->data, tensor.record_bytes = record->size, tensor.crc32 = record->crc;
-  tensor.object.key = {};
-  require_record(tensor);
-  return tensor;
+ArchivedTensor archived_tensor(TorchArchive<Read> const& archive, pickle::Value const& value) {
+  torch::TensorObject object = torch::parse_tensor(value);
+  zip::Entry const& record = archive.record(object.key);
+  if (record.size < object.storage_bytes) throw Error{ErrorCode::size_mismatch, "a storage of " + std::to_string(object.storage_bytes) + " bytes has a record of " + std::to_string(record.size)};
+  object.key = {};   // a part of the pickle
+  return {std::move(object), record.data, record.size, record.crc, archive.swapped()};
+}
+/// The tensor that an archive consists of.
+template <class Read>
+ArchivedTensor archived_tensor(TorchArchive<Read> const& archive) {
+  Bytes const bytes = archive.pickle();
+  auto const tree = pickle::Tree::parse(bytes, torch::is_known_global<>);
+  return archived_tensor(archive, tree.root());
+}
+
+/// An object of an archive.
+template <class Read>
+Value object_of(TorchArchive<Read> const& archive, pickle::Value const& value, torch::ObjectOptions const& options) {
+  Bytes storage;   // of the tensor that is being looked at
+  return torch::to_value(
+      value,
+      [&](std::string_view key) {
+        if (archive.swapped()) throw Error{ErrorCode::unsupported, "a tensor with the most significant byte first inside an object"};
+        storage = archive.storage(key);
+        return ConstByteSpan{storage};
+      },
+      options);
 }
 
 /// Undoes what the bytes of an item went through: `transforms` as .metadata lists them.
@@ -172,10 +159,9 @@ class TransformedEncoding final : public Encoding {
   bool whole() const override { return true; }
 
   void decode(Box const& box, std::span<PartBytes const> given, DType dtype, MemoryView const& memory) const override {
-    std::uint64_t const element = std::max<std::uint64_t>(1, static_cast<std::uint64_t>(bits_of(dtype_)) / 8), most = static_cast<std::uint64_t>(this->shape().elements()) * element * 2 + (16 << 20);
+    std::uint64_t const element = torch::element_bytes(dtype_), most = static_cast<std::uint64_t>(this->shape().elements()) * element * 2 + (16 << 20);
     Bytes const bytes = undo_transforms({given[0].data, static_cast<std::size_t>(given[0].box.size())}, transforms_, most);
-    TorchArchive const archive{bytes};
-    ArchivedTensor const tensor = archived_tensor(archive);
+    ArchivedTensor const tensor = archived_tensor(archive_in(bytes));
     require_chunk(tensor, dtype_, this->shape());
     ConstByteSpan const record{bytes.data() + tensor.data, static_cast<std::size_t>(tensor.record_bytes)};
     if (crc32(record) != tensor.crc32) throw Error{ErrorCode::corrupt, this->parts()[0].name + ": a record of its archive does not have the CRC-32 that was written with it"};
@@ -213,14 +199,14 @@ template <class = Deferred>
 void settle_piece(std::string const& name, DType dtype, StoredPiece& piece, ArchivedTensor const& tensor, std::uint64_t archive) {
   require_chunk(tensor, dtype, piece.box.shape);
   torch::TensorObject const& object = tensor.object;
-  std::uint64_t const record = archive + tensor.data, first = record + object.first * object.element_bytes();
+  std::uint64_t const record = archive + tensor.data, first = record + object.first * torch::element_bytes(dtype);
   if (is_dense(object.shape, object.strides) && !tensor.transform().any()) {
     if (tensor.record_bytes == bytes_of(dtype, static_cast<std::int64_t>(piece.box.size()))) piece.crc32 = tensor.crc32;
     piece.offset = first;
     piece.container_bytes = 0;
     return;
   }
-  make_view(name, dtype, piece, first, object.strides, tensor.record_bytes / object.element_bytes() - object.first, tensor.transform());
+  make_view(name, dtype, piece, first, object.strides, tensor.record_bytes / torch::element_bytes(dtype) - object.first, tensor.transform());
   piece.offset = record;
   piece.container_bytes = tensor.record_bytes;
   piece.crc32 = tensor.crc32;

@@ -325,9 +325,9 @@ class TorchDcpDriver final : public AnyStorage {
           decoded->parts.push_back({{piece->file, begin, Box::whole(Extents{static_cast<std::int64_t>(length)}), 0, {}, {}}});
           piece->decoded = std::move(decoded);
         } else if (length <= Window::small_bytes) {
-          settle_piece(tensor->name, tensor->dtype, *piece, archived_tensor(TorchArchive{window.bytes(begin, length)}), begin);
+          settle_piece(tensor->name, tensor->dtype, *piece, archived_tensor(archive_in(window.bytes(begin, length))), begin);
         } else {
-          settle_piece(tensor->name, tensor->dtype, *piece, archived_tensor(length, [&](std::uint64_t position, ByteSpan bytes) { file->read_at(begin + position, bytes); }), begin);
+          settle_piece(tensor->name, tensor->dtype, *piece, archived_tensor(TorchArchive{length, [&](std::uint64_t position, ByteSpan bytes) { file->read_at(begin + position, bytes); }}), begin);
         }
       } catch (Error const& error) {
         throw Error{error.code(), tensor->name + ": " + error.message()}.with_path(directory + '/' + known.path).with_range(begin, begin + length).with_hint(error.hint());
@@ -432,19 +432,14 @@ class TorchDcpDriver final : public AnyStorage {
       Bytes bytes(static_cast<std::size_t>(place.length));
       in.read_at(place.offset, bytes);
       if (!place.transforms.empty()) bytes = undo_transforms(bytes, place.transforms, most);
-      TorchArchive const archive{bytes};
+      auto const archive = archive_in(bytes);
+      Bytes const text = archive.pickle();
       pickle::ParseOptions parse;
       parse.opaque = options_.opaque_objects;
-      auto const tree = pickle::Tree::parse(archive.pickle(), torch::is_known_global<>, parse);
+      auto const tree = pickle::Tree::parse(text, torch::is_known_global<>, parse);
       torch::ObjectOptions object;
       object.opaque = options_.opaque_objects;
-      return torch::to_value(
-          tree.root(),
-          [&](std::string_view key) {
-            if (archive.swapped()) throw Error{ErrorCode::unsupported, "a tensor with the most significant byte first inside an object"};
-            return archive.storage(key);
-          },
-          object);
+      return object_of(archive, tree.root(), object);
     } catch (Error const& error) {
       Error named{error.code(), entry.name + ": " + error.message()};
       named.with_range(place.offset, place.offset + place.length);

@@ -4,11 +4,9 @@
 
 #include <dcp/base/algorithms.hpp>
 #include <dcp/base/config.hpp>
-#include <dcp/base/crc32.hpp>
-#include <dcp/base/problems.hpp>
 #include <dcp/core/strided_tensor.hpp>
+#include <dcp/formats/pickle.hpp>
 #include <dcp/formats/torch_objects.hpp>
-#include <dcp/formats/zip.hpp>
 #include <dcp/media/local_fs.hpp>
 #include <dcp/storage/safetensors.hpp>
 #include <dcp/storage/storage.hpp>
@@ -19,9 +17,9 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <string_view>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -121,74 +119,36 @@ class TorchFileDriver final : public AnyStorage {
   };
 
   void read_archive(ReadableFile& in, FoundFile& found) const {
-    constexpr std::uint64_t most_pickle_bytes = 1ull << 30;
-    auto const read = [&](std::uint64_t position, ByteSpan bytes) { in.read_at(position, bytes); };
-    zip::Directory directory = zip::read_directory(found.size, read);
-    constexpr std::string_view pickle_name = "/data.pkl";
-    std::string root;
-    for (auto const& entry : directory.entries)
-      if (entry.name.ends_with(pickle_name) && entry.name.find('/') == entry.name.size() - pickle_name.size()) root = entry.name.substr(0, entry.name.size() - pickle_name.size() + 1);
-    if (root.empty()) throw Error{ErrorCode::bad_schema, "an archive without a data.pkl"};
-    std::map<std::string_view, zip::Entry*> entries;
-    for (auto& entry : directory.entries) entries.emplace(entry.name, &entry);
-    auto const entry_of = [&](std::string const& name) -> zip::Entry* {
-      auto const at = entries.find(root + name);
-      if (at == entries.end()) return nullptr;
-      if (at->second->data == 0) zip::locate(*at->second, read);
-      return at->second;
-    };
-    auto const bytes_of_entry = [&](zip::Entry const& entry, std::uint64_t most) {
-      if (entry.size > most) throw Error{ErrorCode::limit, "a record " + entry.name + " of " + std::to_string(entry.size) + " bytes"};
-      Bytes bytes(static_cast<std::size_t>(entry.size));
-      in.read_at(entry.data, bytes);
-      zip::check_crc(entry, crc32(bytes));
-      return bytes;
-    };
-    bool swapped = false;
-    if (auto const* order = entry_of("byteorder")) {
-      Bytes const text = bytes_of_entry(*order, 16);
-      if (as_text(text) != "little" && as_text(text) != "big") throw Error{ErrorCode::bad_schema, "the byte order " + shown(as_text(text))};
-      swapped = as_text(text) == "big";
-    }
-    Bytes const pickle_bytes = bytes_of_entry(*entry_of("data.pkl"), most_pickle_bytes);
+    TorchArchive const archive{found.size, [&](std::uint64_t position, ByteSpan bytes) { in.read_at(position, bytes); }};
+    Bytes const text = archive.pickle();
     pickle::ParseOptions parse;
     parse.opaque = options_.opaque_objects;
-    auto const tree = pickle::Tree::parse(pickle_bytes, torch::is_known_global<>, parse);
+    auto const tree = pickle::Tree::parse(text, torch::is_known_global<>, parse);
     torch::ObjectOptions object;
     object.opaque = options_.opaque_objects;
-    // Names of one view are tied.
-    std::map<std::tuple<std::string_view, std::uint64_t, DType, std::vector<std::int64_t>, std::vector<std::uint64_t>>, std::string> seen;
-    std::map<std::string, bool> names;
+    std::set<std::string> names;
+    std::map<std::pair<std::uint64_t, Bytes>, std::string> views;   // of the names that are stored, by position and content
     torch::for_each_leaf(tree.root(), [&](torch::Leaf const& leaf, pickle::Value const& value) {
       try {
-        if (!names.emplace(leaf.name, true).second) throw Error{ErrorCode::duplicate_entry, "two entries of nested dicts have this name"};
+        if (!names.insert(leaf.name).second) throw Error{ErrorCode::duplicate_entry, "two entries of nested dicts have this name"};
         if (!leaf.joints.empty()) found.joints.emplace_back(leaf.name, leaf.joints);
-        if (!torch::detail::is_tensor(value)) {
-          Bytes held;   // of the last storage that was asked for
-          found.values.emplace_back(leaf.name, torch::to_value(
-                                                   value,
-                                                   [&](std::string_view key) {
-                                                     auto const* record = entry_of("data/" + std::string{key});
-                                                     if (record == nullptr) throw Error{ErrorCode::missing_tensor, "an archive without the storage " + shown(key)};
-                                                     held = bytes_of_entry(*record, 1ull << 30);
-                                                     return ConstByteSpan{held};
-                                                   },
-                                                   object));
+        if (!torch::is_tensor(value)) {
+          found.values.emplace_back(leaf.name, object_of(archive, value, object));
           return;
         }
-        torch::TensorObject const tensor = torch::parse_tensor(value);
-        if (tensor.key.empty()) throw Error{ErrorCode::bad_schema, "a tensor without a storage"};
-        auto const* record = entry_of("data/" + std::string{tensor.key});
-        if (record == nullptr) throw Error{ErrorCode::missing_tensor, "an archive without the storage " + shown(tensor.key) + " of its tensor"};
-        if (record->size < tensor.storage_bytes) throw Error{ErrorCode::size_mismatch, "a storage of " + std::to_string(tensor.storage_bytes) + " bytes has a record of " + std::to_string(record->size)};
-        auto const [same, fresh] = seen.try_emplace({tensor.key, tensor.first, tensor.dtype, {tensor.shape.begin(), tensor.shape.end()}, tensor.strides}, leaf.name);
-        if (!fresh && tensor.shape.elements() > 0 && !tensor.conjugate && !tensor.negative) {
-          found.ties.push_back({leaf.name, same->second});
-          return;
-        }
-        View const view{record->data, record->size, record->crc, {tensor.conjugate, tensor.negative, swapped && number_bytes(tensor.dtype) > 1}, tensor.strides};
-        Extents const shape = torch::shape_from_torch(tensor.dtype, tensor.shape);
-        found.tensors.push_back({leaf.name, tensor.dtype, shape, record->data + tensor.first * tensor.element_bytes(), Extents::filled(shape.rank(), 0), view.encode()});
+        ArchivedTensor const tensor = archived_tensor(archive, value);
+        Extents const shape = torch::shape_from_torch(tensor.object.dtype, tensor.object.shape);
+        FoundTensor entry{leaf.name, tensor.object.dtype, shape, tensor.data + tensor.object.first * torch::element_bytes(tensor.object.dtype), Extents::filled(shape.rank(), 0),
+                          View{tensor.data, tensor.record_bytes, tensor.crc32, tensor.transform(), tensor.object.strides}.encode()};
+        // Names of one view are tied: the same elements, in the same shape, looked at in the same way.
+        Bytes what = entry.content;
+        ByteWriter form;
+        form.number(entry.dtype);
+        for (auto const size : shape) form.number(size);
+        append(what, form.take());
+        auto const [same, fresh] = views.try_emplace({entry.offset, std::move(what)}, leaf.name);
+        if (fresh || shape.empty()) found.tensors.push_back(std::move(entry));
+        else found.ties.push_back({leaf.name, same->second});
       } catch (Error const& error) {
         Error named{error.code(), leaf.name + ": " + error.message()};
         if (error.code() == ErrorCode::unsupported && !options_.opaque_objects) named.with_hint("TorchFileOptions::opaque_objects lists objects of unknown classes without what is in them");
@@ -205,8 +165,7 @@ class TorchFileDriver final : public AnyStorage {
       if (piece.offset == view.record && bytes_of(tensor.dtype, tensor.shape.elements()) == view.record_bytes) piece.crc32 = view.crc;
       return;
     }
-    std::uint64_t const each = tensor.dtype == DType::f4 ? 1 : static_cast<std::uint64_t>(bits_of(tensor.dtype)) / 8;
-    make_view(tensor.name, tensor.dtype, piece, piece.offset, view.strides, (view.record + view.record_bytes - piece.offset) / each, view.how);
+    make_view(tensor.name, tensor.dtype, piece, piece.offset, view.strides, (view.record + view.record_bytes - piece.offset) / torch::element_bytes(tensor.dtype), view.how);
   }
 
   TorchFileOptions options_;
