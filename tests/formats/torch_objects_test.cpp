@@ -188,8 +188,8 @@ TEST_CASE("law: the pickle of a tensor says dtype, shape, strides and size of th
     CHECK(tensor.dtype == dtype);
     CHECK(tensor.shape == shape);
     CHECK(tensor.first == 0);
-    CHECK(tensor.storage_bytes == static_cast<std::uint64_t>(shape.elements()) * tensor.element_bytes());
-    CHECK(tensor.element_bytes() * 8 == (dtype == DType::f4 ? 8u : static_cast<unsigned>(dcp::bits_of(dtype))));
+    CHECK(tensor.storage_bytes == static_cast<std::uint64_t>(shape.elements()) * dcp::torch::element_bytes(tensor.dtype));
+    CHECK(dcp::torch::element_bytes(tensor.dtype) * 8 == (dtype == DType::f4 ? 8u : static_cast<unsigned>(dcp::bits_of(dtype))));
     auto const strides = dcp::row_major_strides(shape);
     REQUIRE(tensor.strides.size() == static_cast<std::size_t>(shape.rank()));
     for (int d = 0; d < shape.rank(); ++d) CHECK(tensor.strides[static_cast<std::size_t>(d)] == static_cast<std::uint64_t>(strides[d]));

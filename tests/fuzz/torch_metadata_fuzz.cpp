@@ -25,8 +25,9 @@ void metadata(dcp::ConstByteSpan bytes) try {
     auto const &a = first.entries[i], &b = again.entries[i];
     if (a.name != b.name || a.is_tensor != b.is_tensor || a.chunks.size() != b.chunks.size()) std::abort();
     if (a.is_tensor && (a.dtype != b.dtype || !(a.shape == b.shape))) std::abort();
+    if (!a.is_tensor && !same(a.place, b.place)) std::abort();
     for (std::size_t c = 0; c < a.chunks.size(); ++c)
-      if (!(a.chunks[c].box == b.chunks[c].box)) std::abort();
+      if (!(a.chunks[c].box == b.chunks[c].box) || !same(a.chunks[c].place, b.chunks[c].place)) std::abort();
   }
 } catch (dcp::Error const&) {
 }
