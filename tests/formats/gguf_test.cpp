@@ -6,7 +6,6 @@
 
 #include <doctest/doctest.h>
 
-#include <chrono>
 #include <map>
 
 using namespace dcp;
@@ -371,15 +370,13 @@ TEST_CASE("parse_header: 100,000 tensors take linear time, and long values pass 
   metadata.emplace_back("words", value_of(ValueKind::json, words + ']'));
   Layout const layout = lay_out(tensors, metadata);
   std::uint64_t reads = 0, bytes = 0;
-  auto const begin = std::chrono::steady_clock::now();
-  Header const header = parse_header(
+  Header const header = parse_header(   // a quadratic one takes hours
       [&](std::uint64_t position, ByteSpan to) {
         ++reads, bytes += to.size();
         REQUIRE(position + to.size() <= layout.file_size);
         for (std::size_t i = 0; i < to.size(); ++i) to[i] = position + i < layout.header.size() ? layout.header[static_cast<std::size_t>(position) + i] : std::byte{0};
       },
       layout.file_size);
-  CHECK(std::chrono::steady_clock::now() - begin < std::chrono::seconds{20});   // a quadratic one takes hours in this build
   CHECK(header.metadata == metadata);
   CHECK(header.tensors.size() == 100'000);
   CHECK(header.tensors.back().offset == layout.offsets.back());

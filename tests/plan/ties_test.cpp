@@ -5,7 +5,6 @@
 
 #include <doctest/doctest.h>
 
-#include <chrono>
 #include <string>
 #include <vector>
 
@@ -132,12 +131,10 @@ TEST_CASE("law: tensors are reported to overlap exactly if they share an element
   CHECK(overlaps > 100);
 }
 
-TEST_CASE("find_ties: column slices of a large buffer, many of them, take no time to speak of") {
+TEST_CASE("find_ties: column slices of a large buffer, many of them, are told apart before the time is up") {   // ctest's: pair by pair they would take hours
   std::vector<float> memory(4096 * 64);
   TensorView<float> const all{memory, {4096, 64}};
   StateDict state;
   for (int i = 0; i < 64; ++i) state.add("c" + std::to_string(i), all.slice(1, i, i + 1));
-  auto const begin = std::chrono::steady_clock::now();
   CHECK(find_ties(state, 0).empty());
-  CHECK(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() < 10);
 }

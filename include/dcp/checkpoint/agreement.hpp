@@ -7,11 +7,14 @@
 #include <dcp/base/algorithms.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/comm/agree.hpp>
+#include <dcp/plan/arrangement.hpp>
 #include <dcp/plan/schema.hpp>
 #include <dcp/plan/ties.hpp>
 
 #include <algorithm>
 #include <map>
+#include <memory>
+#include <numeric>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -25,6 +28,7 @@ struct AgreedState {
   std::vector<SchemaEntry> values;                           // in name order
   std::vector<StateEntry const*> local_values;
   std::vector<Tie> ties;                                     // sorted
+  std::shared_ptr<Arrangement const> arrangement{};          // where the checkpoint has other tensors than these
 };
 
 template <class = Deferred>
@@ -214,6 +218,91 @@ AgreedState agree_state(CommRef comm, std::string_view phase, StateDict const& s
   } catch (Error& error) {
     throw error.with_phase(std::string{phase});
   }
+}
+
+/// Sorts `names(i)` for i < count, and says where each comes from.
+template <class NameOf>
+std::vector<std::size_t> order_by(std::size_t count, NameOf name_of) {
+  std::vector<std::size_t> order(count);
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return name_of(a) < name_of(b); });
+  return order;
+}
+template <class T>
+void reorder(std::vector<T>& list, std::vector<std::size_t> const& order) {
+  std::vector<T> sorted;
+  sorted.reserve(list.size());
+  for (auto const i : order) sorted.push_back(std::move(list[i]));
+  list = std::move(sorted);
+}
+
+/// Gives the entries of `state` the names that the checkpoint has for them, and finds out how tensors lie that it does not have as the state does; those keep their
+/// names. Pure, and equal on all ranks.
+/// Throws    what NameMap::stored_tensors throws; Error(duplicate_entry) for a tensor and a value of one name, Error(invalid_argument) for tied names of cut tensors
+template <class = Deferred>
+void map_names(AgreedState& state, NameMap const& names) {
+  if (names.empty()) return;
+  std::vector<MappedTensor> mapped;
+  for (std::uint32_t t = 0; t < state.tensors.size(); ++t) {
+    TensorSpec const& tensor = state.tensors[t];
+    mapped.push_back({tensor.name, tensor.dtype, tensor.layout.shape, {PlacedBox::whole(t, tensor.layout.shape)}, false});
+  }
+  mapped = names.stored_tensors(std::move(mapped));
+  reorder(mapped, order_by(mapped.size(), [&](std::size_t i) -> auto const& { return mapped[i].name; }));
+  bool const cut = std::any_of(mapped.begin(), mapped.end(), [](MappedTensor const& tensor) { return tensor.cut; });
+
+  std::vector<std::string> renamed(state.tensors.size());   // of tensors that are not cut
+  for (auto const& tensor : mapped)
+    if (!tensor.cut) renamed[tensor.from[0].tensor] = tensor.name;
+  Problems problems;
+  std::map<std::string, std::string> tied;   // of the state's names
+  for (auto& tie : state.ties) {
+    auto const at = std::lower_bound(state.tensors.begin(), state.tensors.end(), tie.kept, [](TensorSpec const& tensor, std::string const& name) { return tensor.name < name; });
+    std::string const& kept = renamed[static_cast<std::size_t>(at - state.tensors.begin())];
+    if (kept.empty()) problems.add(ErrorCode::invalid_argument, "names: " + tie.dropped + " is tied to " + tie.kept + ", which is cut: what has two names can only be renamed");
+    std::string dropped = names.stored_name(tie.dropped);
+    if (dropped != tie.dropped) tie.joints.clear();
+    tie.dropped = std::move(dropped);
+    tie.kept = kept;
+  }
+  problems.raise();
+  // Names that the rules make one.
+  std::erase_if(state.ties, [](Tie const& tie) { return tie.dropped == tie.kept; });
+  detail::sort(state.ties);
+  for (std::size_t t = 0; t < state.tensors.size(); ++t)
+    if (!renamed[t].empty() && renamed[t] != state.tensors[t].name) state.tensors[t].name = std::move(renamed[t]), state.tensors[t].joints.clear();
+  auto const tensors = order_by(state.tensors.size(), [&](std::size_t t) -> auto const& { return state.tensors[t].name; });
+  reorder(state.tensors, tensors);
+  reorder(state.local_tensors, tensors);
+  for (auto& value : state.values)
+    if (std::string name = names.stored_name(value.name); name != value.name) value.name = std::move(name), value.joints.clear();
+  auto const values = order_by(state.values.size(), [&](std::size_t v) -> auto const& { return state.values[v].name; });
+  reorder(state.values, values);
+  reorder(state.local_values, values);
+
+  auto const stored = [&](std::string const& name) {
+    auto const at = std::lower_bound(mapped.begin(), mapped.end(), name, [](MappedTensor const& tensor, std::string const& wanted) { return tensor.name < wanted; });
+    return at != mapped.end() && at->name == name;
+  };
+  for (std::size_t v = 0; v < state.values.size(); ++v)
+    if (stored(state.values[v].name) || (v > 0 && state.values[v].name == state.values[v - 1].name)) problems.add(ErrorCode::duplicate_entry, "names: two entries would have the name " + state.values[v].name);
+  for (std::size_t i = 0; i < state.ties.size(); ++i)
+    if (stored(state.ties[i].dropped) || (i > 0 && state.ties[i].dropped == state.ties[i - 1].dropped)) problems.add(ErrorCode::duplicate_entry, "names: two entries would have the name " + state.ties[i].dropped);
+  problems.raise();
+  if (!cut) return;
+
+  std::vector<std::uint32_t> number(tensors.size());   // of what was tensor i
+  for (std::uint32_t t = 0; t < tensors.size(); ++t) number[tensors[t]] = t;
+  auto arrangement = std::make_shared<Arrangement>();
+  for (auto& tensor : mapped) {
+    for (auto& box : tensor.from) box.tensor = number[box.tensor];
+    Layout layout;
+    layout.shape = layout.split_shape = tensor.shape;
+    if (tensor.cut) arrangement->tensors.push_back({tensor.name, tensor.dtype, layout});
+    else arrangement->tensors.push_back(state.tensors[tensor.from[0].tensor]);
+  }
+  arrangement->from = std::move(mapped);
+  state.arrangement = std::move(arrangement);
 }
 
 }  // namespace dcp::detail

@@ -104,6 +104,7 @@ void locate_pieces(AnyStorage const& storage, AnyMedium& medium, OpenedCheckpoin
 
 template <class = Deferred>
 Report convert_checkpoint(CommRef comm, AnyStorage const& from, PlaceRef const& from_place, AnyStorage const& to, PlaceRef const& to_place, ConvertSettings const& settings) {
+  if (!settings.load.names.empty()) throw Error{ErrorCode::invalid_argument, "names are mapped by the options of the save: what the source holds is the state, and the target is the checkpoint"};
   if (!is_wide_float(settings.decode_to)) throw Error{ErrorCode::invalid_argument, "quantized tensors cannot become " + std::string{to_string(settings.decode_to)}};
   return again_if_replaced(comm, *from_place.medium, from_place.path, [&](Sighting& seen) {
     OpenedCheckpoint opened = open_checkpoint(comm, from, *from_place.medium, from_place.path, settings.load.verify, seen);
@@ -122,7 +123,7 @@ Report convert_checkpoint(CommRef comm, AnyStorage const& from, PlaceRef const& 
 /// Saves what the checkpoint `from` holds as a checkpoint of another storage. Collective: ranks share the work, whatever number of them wrote the source.
 ///
 /// Memory    on each rank what a save needs (SaveOptions::memory_bytes) and some MiB, however large the tensors are: bytes are read when they are written
-/// Names     stay, ties too; quantized tensors become options.decode_to; values go where the target has a place for them, and into its commit record
+/// Names     stay, ties too, or become what options.save.names says of a state that has the source's names; quantized tensors become options.decode_to; values go where the target has a place for them, and into its commit record
 /// Verified  as a load does, every chunk of the source once
 /// Throws    what opening the source and saving throw; Error(missing_entry) for a name in options.only that selects nothing
 /// Example   dcp::convert<dcp::TorchDcp, dcp::SafeTensors>(world, "run/step-100", "export", {.only = {"model"}});

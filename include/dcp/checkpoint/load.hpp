@@ -26,6 +26,7 @@
 #include <dcp/plan/compare.hpp>
 
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -57,6 +58,7 @@ std::string options_text(LoadSettings const& settings) {
   constexpr std::array verify{"none", "standard", "full"};
   std::string text = policy({"", settings.on_missing, settings.on_unexpected, settings.on_shape, settings.on_dtype}) + " verify=" + verify[static_cast<std::size_t>(settings.verify)];
   if (settings.read_once) text += " read_once";
+  text += options_text(settings.names);
   for (auto const& p : settings.for_prefix) text += " [" + p.prefix + ": " + policy(p) + ']';
   return text;
 }
@@ -69,6 +71,41 @@ void fill_with_zeros(TensorEntry const& tensor, std::int64_t rank) {
   });
 }
 
+/// Those tensors of a catalog of which a rank must look for pieces in archives, with no others than these.
+template <class = Deferred>
+class LocatedTensors {
+ public:
+  static bool lies_in_archives(CatalogTensor const& tensor) {
+    return std::any_of(tensor.pieces.begin(), tensor.pieces.end(), [](StoredPiece const& piece) { return piece.container_bytes != 0; });
+  }
+  void want(CatalogTensor const& tensor, Box const& box) { wanted_[&tensor].push_back(box); }
+  bool empty() const { return wanted_.empty(); }
+  /// Copies of them, to be looked for.
+  std::vector<CatalogTensor*> list() {
+    std::vector<CatalogTensor*> result;
+    for (auto const& [tensor, boxes] : wanted_) {
+      CatalogTensor& mine = *copies_.try_emplace(tensor, std::make_unique<CatalogTensor>(*tensor)).first->second;
+      auto const unwanted = [&of = boxes](StoredPiece const& piece) {
+        Box common;
+        return std::none_of(of.begin(), of.end(), [&](Box const& box) { return intersect(box, piece.box, common); });
+      };
+      std::erase_if(mine.pieces, unwanted);
+      std::erase_if(mine.copies, unwanted);
+      result.push_back(&mine);
+    }
+    return result;
+  }
+  /// The copy of `tensor`, or itself.
+  CatalogTensor const* found(CatalogTensor const* tensor) const {
+    auto const at = copies_.find(tensor);
+    return at == copies_.end() ? tensor : at->second.get();
+  }
+
+ private:
+  std::map<CatalogTensor const*, std::vector<Box>> wanted_;
+  std::map<CatalogTensor const*, std::unique_ptr<CatalogTensor>> copies_;
+};
+
 template <class = Deferred>
 Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place, StateDict const& state, LoadSettings const& settings) {
   Stopwatch watch;
@@ -79,7 +116,9 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
 
   watch.enter("agree");
   agree(comm, "load: agree", [&] { check_resources(settings.memory_bytes, settings.threads); });
-  AgreedState const agreed = agree_state(comm, "load: agree", state, report.options + " place=" + place.path, false);
+  AgreedState agreed_state = agree_state(comm, "load: agree", state, report.options + " place=" + place.path, false);
+  agree(comm, "load: names", [&] { map_names(agreed_state, settings.names); });
+  AgreedState const& agreed = agreed_state;
 
   return again_if_replaced(comm, medium, place.path, [&](Sighting& seen) {
     watch.enter("open");
@@ -91,12 +130,19 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
       Comparison comparison;
       std::optional<Shares> shares;   // who reads what of replicas, where they share
       ReadPlan reads;
-      std::vector<std::unique_ptr<CatalogTensor>> located;   // of what this rank reads, where the catalog does not know where in an archive it lies
+      std::vector<AssembledTensor> assembled, unlocated;   // where names are mapped
+      LocatedTensors<> located;                 // of what this rank reads, where the catalog does not know where in an archive it lies
     };
     Plan plan = agree(comm, "load: plan", [&] {
       Plan result;
       std::vector<RankPolicy> rank_policies;
       for (auto const* local : agreed.local_values) rank_policies.push_back(local == nullptr ? RankPolicy::wrap : local->value.policy);
+      auto const find_stored = [&](std::string const& name) {
+        CatalogTensor const* const tensor = catalog.find_tensor(catalog.stored_name(name));
+        return tensor != nullptr ? tensor : catalog.find_raw(name);
+      };
+      std::vector<CatalogTensor const*> taken;
+      if (agreed.arrangement) result.assembled = assemble_tensors(*agreed.arrangement, agreed.tensors, find_stored, [&](CatalogTensor const& tensor) { taken.push_back(&tensor); });
       result.comparison = compare(
           agreed.tensors, agreed.values, catalog, comm.size(), rank_policies,
           [&](std::string const& name) {
@@ -105,7 +151,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
               if (tie.kept == name) names.push_back(tie.dropped);
             return names;
           },
-          [&](std::string_view name) { return policy_of(settings, name); });
+          [&](std::string_view name) { return policy_of(settings, name); }, result.assembled, taken);
       if (settings.read_once) result.shares.emplace(agreed.tensors, comm.size());
       result.reads.transfers.reserve(agreed.tensors.size());
       result.reads.purposes.reserve(agreed.tensors.size());
@@ -114,31 +160,36 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
         if (result.shares) for_each_shared_box(agreed.tensors[t], t, *result.shares, comm.rank(), local.memory, visit);
         else for_each_held_box(held_part(local.layout, comm.rank()), local.dtype, local.memory, visit);
       };
-      std::vector<CatalogTensor const*> stored(agreed.tensors.size(), nullptr);
-      std::vector<CatalogTensor*> to_locate;
-      for (std::size_t t = 0; t < agreed.tensors.size(); ++t) {
-        WantedTensor const& wanted = result.comparison.tensors[t];
-        if (wanted.how != WantedTensor::How::load || agreed.local_tensors[t] == nullptr) continue;
-        stored[t] = wanted.stored;
-        auto const lies_in_archives = [](std::vector<StoredPiece> const& pieces) { return std::any_of(pieces.begin(), pieces.end(), [](StoredPiece const& piece) { return piece.container_bytes != 0; }); };
-        if (!lies_in_archives(wanted.stored->pieces)) continue;
-        std::vector<Box> boxes;
-        boxes_to_read(t, [&](Box const& box, MemoryView const&) { boxes.push_back(box); });
-        CatalogTensor& mine = *result.located.emplace_back(std::make_unique<CatalogTensor>(*wanted.stored));
-        auto const unwanted = [&](StoredPiece const& piece) {
-          Box common;
-          return std::none_of(boxes.begin(), boxes.end(), [&](Box const& box) { return intersect(box, piece.box, common); });
-        };
-        std::erase_if(mine.pieces, unwanted);
-        std::erase_if(mine.copies, unwanted);
-        to_locate.push_back(&mine);
-        stored[t] = &mine;
-      }
-      if (!to_locate.empty()) storage.locate(medium, opened.directory, catalog, to_locate);
+      auto const reads = [&](std::size_t t) { return result.comparison.tensors[t].how == WantedTensor::How::load && agreed.local_tensors[t] != nullptr; };
+      auto const put_together = [&](std::size_t t) { return !result.assembled.empty() && result.assembled[t].tensor != nullptr; };
       for (std::size_t t = 0; t < agreed.tensors.size(); ++t)
-        if (stored[t] != nullptr)
+        if (reads(t) && !put_together(t) && LocatedTensors<>::lies_in_archives(*result.comparison.tensors[t].stored))
+          boxes_to_read(t, [&](Box const& box, MemoryView const&) { result.located.want(*result.comparison.tensors[t].stored, box); });
+      if (agreed.arrangement)
+        for (auto const& form : agreed.arrangement->from) {
+          if (!form.cut) continue;
+          CatalogTensor const* const tensor = find_stored(form.name);
+          if (tensor == nullptr || !LocatedTensors<>::lies_in_archives(*tensor)) continue;
+          for (auto const& placed : form.from)
+            if (reads(placed.tensor))
+              boxes_to_read(placed.tensor, [&](Box const& box, MemoryView const&) {
+                Box common;
+                if (intersect(box, placed.from, common)) result.located.want(*tensor, placed.placed(common));
+              });
+        }
+      if (!result.located.empty()) {
+        storage.locate(medium, opened.directory, catalog, result.located.list());
+        if (agreed.arrangement) {
+          auto assembled = assemble_tensors(*agreed.arrangement, agreed.tensors, [&](std::string const& name) { return result.located.found(find_stored(name)); }, [](CatalogTensor const&) {});
+          std::swap(assembled, result.assembled);
+          result.unlocated = std::move(assembled);   // the comparison refers to them
+        }
+      }
+      auto const stored = [&](std::size_t t) { return put_together(t) ? result.assembled[t].tensor.get() : result.located.found(result.comparison.tensors[t].stored); };
+      for (std::size_t t = 0; t < agreed.tensors.size(); ++t)
+        if (reads(t))
           boxes_to_read(t, [&](Box const& box, MemoryView const& memory) {
-            plan_reads(*stored[t], agreed.local_tensors[t]->tensor->dtype, box, memory, !result.comparison.tensors[t].shared, settings.verify == Verify::full, result.reads);
+            plan_reads(*stored(t), agreed.local_tensors[t]->tensor->dtype, box, memory, !result.comparison.tensors[t].shared, settings.verify == Verify::full, result.reads);
           });
       return result;
     });
@@ -147,7 +198,9 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
     std::vector<std::vector<FileRange>> loaded(catalog.files.size());
     for (auto const& wanted : plan.comparison.tensors)
       if (wanted.how == WantedTensor::How::load && !wanted.shared)
-        for_each_stored_piece(*wanted.stored, [&](DType dtype, StoredPiece const& piece) { loaded[piece.file].push_back({piece.offset, piece.offset + bytes_of(dtype, static_cast<std::int64_t>(piece.box.size()))}); });
+        for_each_stored_piece(*wanted.stored, [&](DType dtype, StoredPiece const& piece) {
+          for_each_range_of(dtype, piece, [&](std::uint64_t begin, std::uint64_t end) { loaded[piece.file].push_back({begin, end}); });
+        });
     for (auto& ranges : loaded) std::sort(ranges.begin(), ranges.end(), [](FileRange const& a, FileRange const& b) { return a.begin < b.begin; });
     Reader<> reader{comm, medium, opened, std::move(plan.reads), std::move(loaded), settings, watch};
     // Files are opened first and the record is looked at after that: if it is still the same, so is what was opened.

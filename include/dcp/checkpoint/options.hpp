@@ -2,7 +2,9 @@
 #pragma once
 // What saving and loading can be told. Aggregates for designated initialisers; everything has a default.
 
+#include <dcp/base/checksum.hpp>
 #include <dcp/base/config.hpp>
+#include <dcp/core/name_map.hpp>
 #include <dcp/storage/storage.hpp>
 
 #include <chrono>
@@ -57,6 +59,7 @@ template <class S>
 struct SaveOptions {
   IfExists if_exists = IfExists::fail;
   Check check = Check::values;
+  NameMap names = {};                                            // that the checkpoint is to have for the state's, and in which pieces
   bool checksums = true;                                         // of the tensors' bytes; without them a load cannot verify what it reads
   std::uint64_t memory_bytes = default_memory_bytes;             // of staging on this rank, at least 16 MiB
   int threads = 4;                                               // of this rank that write, each one write at a time
@@ -89,6 +92,7 @@ struct LoadOptions {
   OnShape on_shape = OnShape::error;
   OnDType on_dtype = OnDType::error;
   std::vector<PrefixPolicy> for_prefix = {};
+  NameMap names = {};       // that the checkpoint has for the state's, and in which pieces
   Verify verify = Verify::standard;
   bool read_once = false;   // what several ranks hold is read once and sent on: where ranks are nearer to each other than to the storage.
                             // Not large tensors of elements smaller than a byte whose rows end inside one: each rank reads those
@@ -105,11 +109,15 @@ using LoadSettings = LoadOptions<detail::no_options>;
 namespace detail {
 template <class S>
 SaveSettings settings_of(SaveOptions<S> const& o) {
-  return {o.if_exists, o.check, o.checksums, o.memory_bytes, o.threads, o.direct_io, o.writers_per_file, o.visible_within, o.staging_bytes, o.deadline, o.executor, o.saver_program, o.low_io_priority, o.progress, {}};
+  return {o.if_exists, o.check, o.names, o.checksums, o.memory_bytes, o.threads, o.direct_io, o.writers_per_file, o.visible_within, o.staging_bytes, o.deadline, o.executor, o.saver_program, o.low_io_priority, o.progress, {}};
 }
 template <class S>
 LoadSettings settings_of(LoadOptions<S> const& o) {
-  return {o.on_missing, o.on_unexpected, o.on_shape, o.on_dtype, o.for_prefix, o.verify, o.read_once, o.memory_bytes, o.threads, o.progress, {}};
+  return {o.on_missing, o.on_unexpected, o.on_shape, o.on_dtype, o.for_prefix, o.names, o.verify, o.read_once, o.memory_bytes, o.threads, o.progress, {}};
+}
+template <class = Deferred>
+std::string options_text(NameMap const& names) {
+  return names.empty() ? std::string{} : " names=" + std::to_string(crc64(as_byte_span(names.text())));
 }
 template <class = Deferred>
 void check_resources(std::uint64_t memory_bytes, int threads) {

@@ -74,21 +74,25 @@ OwnedState load_owned(CommRef comm, AnyStorage const& storage, PlaceRef const& p
     std::map<std::string, Value> values;
     StateDict state;
     agree(comm, "load: allocate", [&] {
-      auto const add = [&](std::string const& name, CatalogTensor const& stored, std::string const& kept) {
+      auto const add = [&](std::string const& name, DType dtype, Extents const& shape, std::string const& kept) {
         auto const at = tensors.find(kept);
-        auto& tensor = tensors.try_emplace(name, at == tensors.end() ? OwnedTensor{stored.dtype, stored.shape} : at->second).first->second;
-        state.add_tensor(name, stored.dtype, plain_layout(stored.shape), {tensor.bytes().data(), row_major_strides(stored.shape)});
+        auto& tensor = tensors.try_emplace(name, at == tensors.end() ? OwnedTensor{dtype, shape} : at->second).first->second;
+        state.add_tensor(name, dtype, plain_layout(shape), {tensor.bytes().data(), row_major_strides(shape)});
       };
-      for (auto const& stored : opened.catalog.tensors)
-        if (selected(stored.name, keys)) add(stored.name, stored, stored.name);
+      std::vector<MappedTensor> stored;
+      for (auto const& tensor : opened.catalog.tensors) stored.push_back({tensor.name, tensor.dtype, tensor.shape, {}, false});
+      if (!settings.names.empty()) stored = settings.names.state_tensors(std::move(stored));
+      for (auto const& tensor : stored)
+        if (selected(tensor.name, keys)) add(tensor.name, tensor.dtype, tensor.shape, tensor.name);
       std::map<std::string, std::string> first;   // kept name -> the first of the dropped ones, where the kept one is not asked for
       for (auto const& tie : opened.catalog.ties) {
-        auto const* stored = opened.catalog.find_tensor(tie.kept);
-        if (stored == nullptr || !selected(tie.dropped, keys) || opened.catalog.find_tensor(tie.dropped) != nullptr) continue;
-        add(tie.dropped, *stored, tensors.contains(tie.kept) ? tie.kept : first.try_emplace(tie.kept, tie.dropped).first->second);
+        auto const* tensor = opened.catalog.find_tensor(tie.kept);
+        std::string const dropped = settings.names.state_name(tie.dropped), kept = settings.names.state_name(tie.kept);
+        if (tensor == nullptr || !selected(dropped, keys) || opened.catalog.find_tensor(tie.dropped) != nullptr) continue;
+        add(dropped, tensor->dtype, tensor->shape, tensors.contains(kept) ? kept : first.try_emplace(kept, dropped).first->second);
       }
       for (auto const& [name, value] : opened.catalog.values)
-        if (selected(name, keys)) values.emplace(name, value);
+        if (std::string const known = settings.names.state_name(name); selected(known, keys)) values.emplace(known, value);
       for (auto const& key : keys)
         if (std::none_of(tensors.begin(), tensors.end(), [&](auto const& t) { return selected(t.first, {key}); }) && std::none_of(values.begin(), values.end(), [&](auto const& v) { return selected(v.first, {key}); }))
           throw Error{ErrorCode::missing_entry, json_quoted(key) + ": Missing key in checkpoint; no entry has this name or lies below it"};

@@ -4,6 +4,7 @@
 
 #include <dcp/base/config.hpp>
 #include <dcp/base/crc32.hpp>
+#include <dcp/core/name_map.hpp>
 #include <dcp/media/medium.hpp>
 #include <dcp/plan/catalog.hpp>
 #include <dcp/plan/transfer.hpp>
@@ -32,7 +33,8 @@ struct SummedRecord {
 /// The record that a piece is, or is decoded from. Pre: piece.crc32
 template <class = Deferred>
 SummedRecord record_of(DType dtype, StoredPiece const& piece) {
-  return {piece.file, piece.offset, piece.decoded != nullptr ? piece.container_bytes : bytes_of(dtype, static_cast<std::int64_t>(piece.box.size())), *piece.crc32};
+  Box const& all = piece.inside != nullptr ? piece.inside->array : piece.box;
+  return {piece.file, piece.offset, piece.decoded != nullptr && piece.container_bytes != 0 ? piece.container_bytes : bytes_of(dtype, static_cast<std::int64_t>(all.size())), *piece.crc32};
 }
 template <class = Deferred>
 Error wrong_record(std::string const& path, std::uint64_t begin, std::uint64_t end, std::string const& tensors) {
@@ -70,10 +72,23 @@ struct ReadPlan {
 
 /// Calls visit(dtype, piece) for everything that a tensor is stored as.
 template <class Visit>
-void for_each_stored_piece(CatalogTensor const& tensor, Visit visit) {
-  for (auto const& piece : tensor.pieces) visit(tensor.dtype, piece);
+void for_each_stored_piece(CatalogTensor const& tensor, Visit const& visit) {
+  for (auto const& piece : tensor.pieces)
+    if (piece.decoded != nullptr) for_each_stored_piece(*piece.decoded, visit);
+    else visit(tensor.dtype, piece);
   for (std::size_t p = 0; p < tensor.parts.size(); ++p)
     for (auto const& piece : tensor.parts[p]) visit(tensor.encoding->parts()[p].dtype, piece);
+}
+/// Calls visit(begin, end) for the ranges of its file that a piece is.
+template <class Visit>
+void for_each_range_of(DType dtype, StoredPiece const& piece, Visit visit) {
+  if (piece.inside == nullptr || piece.box.size() == piece.inside->array.size()) {
+    Box const& all = piece.inside != nullptr ? piece.inside->array : piece.box;
+    return static_cast<void>(visit(piece.offset, piece.offset + bytes_of(dtype, static_cast<std::int64_t>(all.size()))));
+  }
+  Box const part = permuted(piece.box, piece.inside->order);
+  Transfer const transfer = make_transfer(dtype, dtype, part, part, {nullptr, row_major_strides(part.shape)}, piece.inside->array, piece.offset);   // of which only the file matters
+  transfer.for_each_file_run(0, transfer.end, [&](std::uint64_t at, std::uint64_t bytes) { visit(at, at + bytes); });
 }
 
 /// Calls visit(piece, box) for the boxes of pieces that together are `box` of what the pieces are of; of pieces that overlap, the first counts. What nothing is stored for
@@ -106,24 +121,30 @@ std::int64_t elements_of_tile(Encoding const& encoding, Box const& held, std::ui
 /// `all`: so are those that are stored twice, and everything is verified.
 template <class = Deferred>
 void plan_reads(CatalogTensor const& stored, DType memory_dtype, Box const& held, MemoryView const& memory, bool counts, bool all, ReadPlan& plan) {
-  auto const add = [&](StoredPiece const& piece, Box const& part, bool compare) {
-    if (!on_byte_boundaries(stored.dtype, part, piece.box))
+  // In the order of dimensions in which the piece is stored.
+  auto const add_in_order = [&](StoredPiece const& piece, Box const& array, Box const& part, Box const& held_there, MemoryView const& memory_there, bool compare) {
+    if (!on_byte_boundaries(stored.dtype, part, array))
       throw Error{ErrorCode::misaligned, stored.name + ": the part " + to_string(part) + " of " + std::string{to_string(stored.dtype)} + " elements does not begin and end on a byte"};
     if (piece.decoded != nullptr) {
       if (compare) return;   // it would have to be decoded to memory of its own
       Box inside = part;
       std::int64_t at = 0;
-      for (int d = 0; d < part.rank(); ++d) inside.origin[d] -= piece.box.origin[d], at += (part.origin[d] - held.origin[d]) * memory.strides[d];
-      plan.decodes.push_back({piece.decoded.get(), inside, memory_dtype, {memory.data + static_cast<std::ptrdiff_t>(bytes_of(memory_dtype, at)), memory.strides}, counts});
+      for (int d = 0; d < part.rank(); ++d) inside.origin[d] -= array.origin[d], at += (part.origin[d] - held_there.origin[d]) * memory_there.strides[d];
+      plan.decodes.push_back({piece.decoded.get(), inside, memory_dtype, {memory_there.data + static_cast<std::ptrdiff_t>(bytes_of(memory_dtype, at)), memory_there.strides}, counts});
       if (all && piece.crc32) plan.records.push_back(record_of(stored.dtype, piece));
       return;
     }
-    Transfer transfer = make_transfer(stored.dtype, memory_dtype, part, held, memory, piece.box, piece.offset);
+    Transfer transfer = make_transfer(stored.dtype, memory_dtype, part, held_there, memory_there, array, piece.offset);
     transfer.file = piece.file;
-    bool const whole = piece.crc32 && !compare && stored.dtype == memory_dtype && part == piece.box;
+    bool const whole = piece.crc32 && !compare && stored.dtype == memory_dtype && part == array;
     plan.transfers.push_back(transfer);
     plan.purposes.push_back({counts, compare, whole ? piece.crc32 : std::nullopt});
     if (all && piece.crc32 && !whole) plan.records.push_back(record_of(stored.dtype, piece));
+  };
+  auto const add = [&](StoredPiece const& piece, Box const& part, bool compare) {
+    if (piece.inside == nullptr) return add_in_order(piece, piece.box, part, held, memory, compare);
+    Extents const& order = piece.inside->order;
+    add_in_order(piece, piece.inside->array, permuted(part, order), permuted(held, order), {memory.data, permuted(memory.strides, order)}, compare);
   };
   if (held.empty()) return;
   if (stored.encoding != nullptr) return plan.decodes.push_back({&stored, held, memory_dtype, memory, counts});

@@ -4,6 +4,7 @@
 
 #include <dcp/base/config.hpp>
 #include <dcp/checkpoint/agreement.hpp>
+#include <dcp/checkpoint/arranged_source.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/report.hpp>
 #include <dcp/comm/agree.hpp>
@@ -12,6 +13,7 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -37,11 +39,29 @@ void prepare_recoding(CommRef comm, Recoding const& recoding, AgreedState const&
     Workers<> workers{static_cast<std::size_t>(settings.threads)};
     for (auto const& [tensor, quantizer] : encoded) {
       std::vector<HeldElements::Held> held;
-      StateEntry const* const local = agreed.local_tensors[tensor];
-      if (local != nullptr)
-        for_each_held_box(held_part(local->tensor->layout, comm.rank()), local->tensor->dtype, local->tensor->memory, [&](Box const& box, MemoryView const& memory) { held.push_back({box, memory}); });
+      std::shared_ptr<TensorSource const> source;
+      auto const hold = [&](std::uint32_t t, auto visit) {
+        StateEntry const* const local = agreed.local_tensors[t];
+        if (local != nullptr) for_each_held_box(held_part(local->tensor->layout, comm.rank()), local->tensor->dtype, local->tensor->memory, visit);
+      };
+      if (agreed.arrangement && agreed.arrangement->cut(tensor)) {
+        MappedTensor const& mapped = agreed.arrangement->from[tensor];
+        for (auto const& placed : mapped.from)
+          hold(placed.tensor, [&](Box const& box, MemoryView const& memory) {
+            place_box(placed, box, box, memory, [&](Box const& at, Box const& whole, MemoryView const& there) {
+              std::int64_t offset = 0;
+              for (int d = 0; d < at.rank(); ++d) offset += (at.origin[d] - whole.origin[d]) * there.strides[d];
+              held.push_back({at, {there.data + static_cast<std::ptrdiff_t>(bytes_of(mapped.dtype, offset)), there.strides}});
+            });
+          });
+        source = ArrangedSource<>::of(agreed, mapped);
+      } else {
+        std::uint32_t const t = agreed.arrangement ? agreed.arrangement->from[tensor].from[0].tensor : tensor;
+        hold(t, [&](Box const& box, MemoryView const& memory) { held.push_back({box, memory}); });
+        if (agreed.local_tensors[t] != nullptr) source = agreed.local_tensors[t]->tensor->source;
+      }
       Quantizer& here = *quantizer;
-      here.elements().hold(std::move(held), local == nullptr ? nullptr : local->tensor->source.get());
+      here.elements().hold(std::move(held), std::move(source));
       here.begin();
       for (auto& box : here.units()) {
         watch.here().bytes += bytes_of(here.elements().dtype(), box.shape.elements());
@@ -70,7 +90,7 @@ void prepare_recoding(CommRef comm, Recoding const& recoding, AgreedState const&
     Messages all;
     for (std::uint32_t q = 0; q < encoded.size(); ++q) {
       std::uint32_t const tensor = encoded[q].tensor;
-      encoded[q].quantizer->tell([&](Extents const& index) { return shares.writer_of(tensor, index); }, comm.rank(), [&](std::int64_t rank) -> ByteWriter& { return all[rank].number(q); });
+      encoded[q].quantizer->tell([&](Extents const& index) { return writer_of(shares, agreed.arrangement.get(), tensor, index); }, comm.rank(), [&](std::int64_t rank) -> ByteWriter& { return all[rank].number(q); });
     }
     return all;
   });

@@ -16,6 +16,7 @@
 #include <dcp/base/crc32.hpp>
 #include <dcp/base/threading.hpp>
 #include <dcp/checkpoint/agreement.hpp>
+#include <dcp/checkpoint/arranged_source.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/checkpoint/place.hpp>
 #include <dcp/checkpoint/recode.hpp>
@@ -183,68 +184,91 @@ std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& 
   auto const literals_before = [&](std::uint64_t file) {
     for (; next_file < file; ++next_file) append_literals(plan, next_file, rank, ranks, transfers);
   };
+  Arrangement const* const arrangement = state.arrangement.get();
   for (auto const& stored : plan.stored) {
     literals_before(stored.file + std::uint64_t{1});
+    if (stored.box.shape.empty()) continue;
     StoredForm const* const form = recoding == nullptr ? nullptr : &recoding->forms()[stored.tensor];
-    std::uint32_t const t = form == nullptr ? stored.tensor : form->tensor;
-    TensorSpec const& tensor = state.tensors[t];
-    StateEntry const* entry = state.local_tensors[t];
-    if (entry == nullptr) continue;
-    Here& here = groups[shares.group_of(t)];
-    if (!here.known) {
-      here.known = true;
-      here.coordinate = tensor.layout.mesh.coordinate_of(rank);
-      if (here.coordinate) here.held = held_at(tensor.layout, *here.coordinate);
-    }
-    if (!here.coordinate) continue;
-    HeldPart const& held = here.held;
-    if (stored.box.shape.empty() || held.empty()) continue;
-    if (form != nullptr && form->recoded) {
-      // What begins in the elements that this rank would write if they were stored as they are.
-      auto const add_part = [&](Box const& box) {
-        Box const owned = form->grid.owned(box, tensor.layout.shape, form->shape);
-        Box part;
-        if ((form->shape.rank() > 0 || PartGrid::owns_scalar(box)) && intersect(owned, stored.box, part) && !part.empty()) transfers.push_back(recoding->transfer(stored, part));
-      };
-      CellRange const range = shares.range_of(t, *here.coordinate, held);
-      std::int64_t const first = held.flat ? held.begin : 0;
-      for_each_box(held.box, first + range.begin, first + range.end, [&](Box const& box, std::int64_t) { add_part(box); });
-      continue;
-    }
+    bool const recoded = form != nullptr && form->recoded;
+    std::uint32_t const of = form == nullptr ? stored.tensor : form->tensor;
     bool const only_mine = plan.files[stored.file].only_rank >= 0;
-    auto const add = [&](Box const& box, MemoryView const& memory) -> Transfer* {
-      Box part;
-      if (!intersect(box, stored.box, part)) return nullptr;
-      transfers.push_back(make_transfer(tensor.dtype, tensor.dtype, part, box, memory, stored.box, stored.offset));
-      transfers.back().tensor = t;
-      transfers.back().file = stored.file;
-      if (entry->tensor->source) {
-        sources.push_back(std::make_unique<BoxSource<>>(entry->tensor->source, tensor.dtype, part));
-        transfers.back().source = sources.back().get();
+    bool const cut = arrangement != nullptr && arrangement->cut(of);
+    std::shared_ptr<TensorSource const> const arranged = cut && !recoded ? ArrangedSource<>::of(state, arrangement->from[of]) : nullptr;
+    std::size_t const before = transfers.size();
+    // What this rank writes of tensor `t` of the state, of which the stored one has `placed`; nullptr: all, as it is.
+    auto const add_tensor = [&](std::uint32_t t, PlacedBox const* placed) {
+      TensorSpec const& tensor = state.tensors[t];
+      StateEntry const* entry = state.local_tensors[t];
+      if (entry == nullptr) return;
+      Here& here = groups[shares.group_of(t)];
+      if (!here.known) {
+        here.known = true;
+        here.coordinate = tensor.layout.mesh.coordinate_of(rank);
+        if (here.coordinate) here.held = held_at(tensor.layout, *here.coordinate);
       }
-      return &transfers.back();
+      if (!here.coordinate || here.held.empty()) return;
+      HeldPart const& held = here.held;
+      CellRange const range = recoded || !only_mine ? shares.range_of(t, *here.coordinate, held) : CellRange{0, held.elements()};
+      if (recoded) {
+        // What begins in the elements that this rank would write if they were stored as they are.
+        auto const add_part = [&](Box const& box) {
+          Box const owned = form->grid.owned(box, cut ? arrangement->from[of].shape : tensor.layout.shape, form->shape);
+          Box part;
+          if ((form->shape.rank() > 0 || PartGrid::owns_scalar(box)) && intersect(owned, stored.box, part) && !part.empty()) transfers.push_back(recoding->transfer(stored, part));
+        };
+        std::int64_t const first = held.flat ? held.begin : 0;
+        for_each_box(held.box, first + range.begin, first + range.end, [&](Box const& box, std::int64_t) {
+          if (placed == nullptr) add_part(box);
+          else place_box(*placed, box, box, {}, [&](Box const& at, Box const&, MemoryView const&) { add_part(at); });
+        });
+        return;
+      }
+      auto const add_placed = [&](Box const& box, Box const& held_box, MemoryView const& memory, std::shared_ptr<TensorSource const> const& source) -> Transfer* {
+        Box part;
+        if (!intersect(box, stored.box, part)) return nullptr;
+        transfers.push_back(make_transfer(tensor.dtype, tensor.dtype, part, held_box, memory, stored.box, stored.offset));
+        transfers.back().tensor = t;
+        transfers.back().file = stored.file;
+        if (source) {
+          sources.push_back(std::make_unique<BoxSource<>>(source, tensor.dtype, part));
+          transfers.back().source = sources.back().get();
+        }
+        return &transfers.back();
+      };
+      auto const add = [&](Box const& box, MemoryView const& memory) { return add_placed(box, box, memory, entry->tensor->source); };
+      MemoryView const& memory = entry->tensor->memory;
+      if (placed != nullptr) {
+        auto const place = [&](Box const& box, Box const& held_box, MemoryView const& at) {
+          place_box(*placed, box, held_box, at, [&](Box const& there, Box const& held_there, MemoryView const& memory_there) { add_placed(there, held_there, memory_there, arranged); });
+        };
+        if (held.flat) {
+          auto const [part, begin] = slice_of(held, tensor.dtype, memory, range.begin, range.end);
+          for_each_held_box(part, tensor.dtype, begin, [&](Box const& box, MemoryView const& at) { place(box, box, at); });
+        } else {
+          for_each_box(held.box, range.begin, range.end, [&](Box const& box, std::int64_t) { place(box, held.box, memory); });
+        }
+      } else if (only_mine) {
+        for_each_held_box(held, tensor.dtype, memory, add);
+      } else if (held.flat) {
+        auto const [part, begin] = slice_of(held, tensor.dtype, memory, range.begin, range.end);
+        for_each_held_box(part, tensor.dtype, begin, add);
+      } else if (Transfer* const transfer = add(held.box, memory)) {
+        // A transfer of elements smaller than a byte counts bytes.
+        std::int64_t const bits = std::min(8, bits_of(tensor.dtype));
+        transfer->begin = range.begin * bits / 8;
+        transfer->end = range.end * bits / 8;
+      }
     };
-    MemoryView const& memory = entry->tensor->memory;
-    if (only_mine) {
-      std::size_t const before = transfers.size();
-      for_each_held_box(held, tensor.dtype, memory, add);
-      auto const number = static_cast<std::size_t>(&stored - plan.stored.data());
-      if (next_crc == plan.crc_literals.size() || plan.crc_literals[next_crc].stored != number) continue;
-      CrcLiteral const& literal = plan.crc_literals[next_crc++];
-      sources.push_back(std::make_unique<CrcSource<>>(literal, std::vector<Transfer>(transfers.begin() + static_cast<std::ptrdiff_t>(before), transfers.end())));
-      append_bytes(stored.file, literal.offset, literal.bytes, transfers).source = sources.back().get();
-      continue;
-    }
-    CellRange const range = shares.range_of(t, *here.coordinate, held);
-    if (held.flat) {
-      auto const [part, begin] = slice_of(held, tensor.dtype, memory, range.begin, range.end);
-      for_each_held_box(part, tensor.dtype, begin, add);
-    } else if (Transfer* const transfer = add(held.box, memory)) {
-      // A transfer of elements smaller than a byte counts bytes.
-      std::int64_t const bits = std::min(8, bits_of(tensor.dtype));
-      transfer->begin = range.begin * bits / 8;
-      transfer->end = range.end * bits / 8;
-    }
+    if (cut)
+      for (auto const& placed : arrangement->from[of].from) add_tensor(placed.tensor, &placed);
+    else
+      add_tensor(arrangement == nullptr ? of : arrangement->from[of].from[0].tensor, nullptr);
+    if (!only_mine || recoded || transfers.size() == before) continue;
+    auto const number = static_cast<std::size_t>(&stored - plan.stored.data());
+    if (next_crc == plan.crc_literals.size() || plan.crc_literals[next_crc].stored != number) continue;
+    CrcLiteral const& literal = plan.crc_literals[next_crc++];
+    sources.push_back(std::make_unique<CrcSource<>>(literal, std::vector<Transfer>(transfers.begin() + static_cast<std::ptrdiff_t>(before), transfers.end())));
+    append_bytes(stored.file, literal.offset, literal.bytes, transfers).source = sources.back().get();
   }
   literals_before(plan.files.size());
   return transfers;
@@ -341,21 +365,24 @@ struct PlannedState {
   template <class = Deferred>
   static PlannedState of(AgreedState const& state, AnyStorage const& storage, std::int64_t rank, std::int64_t ranks, std::vector<std::pair<std::string, Value>> const* values = nullptr) {
     Shares shares{state.tensors, ranks};
-    std::shared_ptr<Recoding> recoding = storage.recoding(state.tensors);
+    std::shared_ptr<Recoding> recoding = storage.recoding(arranged(state));
     std::vector<NameJoints> joints;   // of the values, which are those of the state in its order
     if (values != nullptr)
       for (auto const& value : state.values) joints.push_back(value.joints);
-    FilePlan files = storage.plan_files({recoding ? recoding->stored() : state.tensors, shares, state.ties, rank, ranks, values, &joints, recoding ? &recoding->parts_of() : nullptr});
+    FilePlan files = storage.plan_files({recoding ? recoding->stored() : arranged(state), shares, state.ties, rank, ranks, values, &joints, recoding ? &recoding->parts_of() : nullptr,
+                                         &state.tensors, recoding ? nullptr : state.arrangement.get()});
     return {std::move(shares), std::move(files), std::move(recoding)};
   }
+  /// What the checkpoint has of the state's tensors, but for how it encodes them.
+  static std::vector<TensorSpec> const& arranged(AgreedState const& state) { return state.arrangement ? state.arrangement->tensors : state.tensors; }
   /// What the files hold.
-  std::vector<TensorSpec> const& stored(AgreedState const& state) const { return recoding ? recoding->stored() : state.tensors; }
+  std::vector<TensorSpec> const& stored(AgreedState const& state) const { return recoding ? recoding->stored() : arranged(state); }
   /// The writes of `rank`. Keeps references to `state` and to this.
   template <class = Deferred>
   SavePlan writes(AgreedState const& state, std::int64_t rank, std::int64_t ranks, SavePlan::Options const& options) const {
     std::vector<std::unique_ptr<ElementSource>> sources;
     std::vector<Transfer> transfers = transfers_to_save(state, shares, files, recoding.get(), rank, ranks, sources);
-    return {state.tensors, shares, files, std::move(transfers), rank, ranks, options, recoding ? &recoding->forms() : nullptr, std::move(sources)};
+    return {state.tensors, shares, files, std::move(transfers), rank, ranks, options, recoding ? &recoding->forms() : nullptr, state.arrangement.get(), std::move(sources)};
   }
 };
 
@@ -412,7 +439,7 @@ struct PlannedSave {
 template <class = Deferred>
 std::string options_in_words(AnyStorage const& storage, SaveSettings const& settings) {
   return std::string{storage.name()} + ' ' + storage.options_text() + (settings.if_exists == IfExists::replace ? " replace" : " fail") + (settings.check == Check::contents ? " check=contents" : "") +
-         (settings.checksums ? "" : " checksums=none") + (settings.executor == Executor::process ? " executor=process" : "") + " writers_per_file=" + std::to_string(settings.writers_per_file);
+         (settings.checksums ? "" : " checksums=none") + (settings.executor == Executor::process ? " executor=process" : "") + " writers_per_file=" + std::to_string(settings.writers_per_file) + options_text(settings.names);
 }
 
 /// Agreement and plan. Collective; nothing is touched.
@@ -428,6 +455,7 @@ std::shared_ptr<PlannedSave> agree_and_plan(CommRef comm, AnyStorage const& stor
     if (settings.writers_per_file < 1) throw Error{ErrorCode::invalid_argument, "writers_per_file is " + std::to_string(settings.writers_per_file)};
   });
   planned->agreed = agree_state(comm, "save: agree", state, planned->options + " place=" + place.path, true);
+  agree(comm, "save: names", [&] { map_names(planned->agreed, settings.names); });
   if (settings.check == Check::contents) compare_replicas(comm, planned->agreed);
 
   watch.enter("plan");

@@ -52,6 +52,12 @@ struct CatalogFile {
   std::uint64_t size = 0, version = 0;
 };
 struct CatalogTensor;
+/// Of a piece that is a part of what is stored at its place: all of that, a box with the dimensions in the order in which they are stored. Dimension d of it is
+/// dimension order[d] of the tensor, with the same coordinates.
+struct PieceArray {
+  Box array;
+  Extents order;
+};
 struct StoredPiece {
   std::uint32_t file;
   std::uint64_t offset;
@@ -59,6 +65,7 @@ struct StoredPiece {
   std::uint64_t container_bytes = 0;                        // of the archive at `offset` that holds the piece, until it has been looked for there
   std::optional<std::uint32_t> crc32{};                     // of the piece's bytes
   std::shared_ptr<CatalogTensor const> decoded{};           // of a piece that does not lie there as it is: itself as a tensor
+  std::shared_ptr<PieceArray const> inside{};               // of a piece that is a part of another
 };
 struct CatalogTensor {
   std::string name;
@@ -69,6 +76,12 @@ struct CatalogTensor {
   // Of a tensor that is decoded: how, and where its parts lie. It has no pieces of its own; dtype is what it becomes if nothing else is asked for.
   std::shared_ptr<Encoding const> encoding{};
   std::vector<std::vector<StoredPiece>> parts{};
+  bool of_encoded = false;   // it has pieces, and all of them are decoded from tensors that become any float
+
+  /// Whether it becomes whatever float is asked for.
+  bool decodes() const { return encoding != nullptr || of_encoded; }
+  template <class = Deferred>
+  std::string const& scheme() const { return encoding != nullptr ? encoding->scheme() : pieces.front().decoded->encoding->scheme(); }
 };
 struct Catalog {
   std::vector<CatalogFile> files;

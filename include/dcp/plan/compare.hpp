@@ -5,6 +5,7 @@
 #include <dcp/base/config.hpp>
 #include <dcp/base/algorithms.hpp>
 #include <dcp/core/cast.hpp>
+#include <dcp/plan/arrangement.hpp>
 #include <dcp/plan/catalog.hpp>
 #include <dcp/plan/schema.hpp>
 
@@ -89,12 +90,12 @@ bool exact_number(Value const& value, DType to, Value& out) {
 }  // namespace detail
 
 /// `tensors`, `values`: in name order. `names_tied_to(name)`: other names under which the state knows the same tensor, tried when the checkpoint lacks `name`.
-/// `policy_of(name)`: the policy of a name.
+/// `policy_of(name)`: the policy of a name. `assembled`: of each tensor, where names are mapped; `taken`: what is then used of the catalog.
 ///
 /// Throws    one Error that lists every missing, unexpected and mismatched entry that no policy allows; the code is that of the first
 template <class TiedNames, class PolicyOf>
 Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEntry> const& values, Catalog const& catalog, std::int64_t ranks, std::vector<RankPolicy> const& rank_policies,
-                   TiedNames names_tied_to, PolicyOf policy_of) {
+                   TiedNames names_tied_to, PolicyOf policy_of, std::vector<detail::AssembledTensor> const& assembled = {}, std::vector<CatalogTensor const*> const& taken = {}) {
   Comparison result;
   Problems problems;
   // Whoever reads a tensor as it is stored has used what is decoded from it.
@@ -111,47 +112,68 @@ Comparison compare(std::vector<TensorSpec> const& tensors, std::vector<SchemaEnt
     if (auto const* tensor = catalog.find_tensor(name)) return tensor;
     return catalog.find_tensor(catalog.stored_name(name));
   };
-  for (auto const& tensor : tensors) {
+  for (auto const* tensor : taken) use(tensor);
+  auto const keep_shape = [&](EntryPolicy const& policy, WantedTensor& wanted, std::string const& name, std::string const& difference) {
+    if (policy.keep_shape) {
+      wanted.how = WantedTensor::How::keep;
+      result.kept.push_back(name);
+    } else {
+      problems.add(ErrorCode::shape_mismatch, difference + " (Size mismatch)");
+      problems.hint("LoadOptions::on_shape = keep leaves such tensors unchanged");
+    }
+  };
+  auto const missing = [&](EntryPolicy const& policy, WantedTensor& wanted, TensorSpec const& tensor, std::string const& absent) {
+    if (!policy.allow_missing) {
+      problems.add(ErrorCode::missing_entry, tensor.name + ": Missing key in checkpoint; state wants " + detail::describe(tensor.dtype, tensor.layout.shape) + absent);
+      problems.hint("LoadOptions::on_missing = keep leaves such entries unchanged");
+    } else {
+      wanted.how = policy.zero_missing ? WantedTensor::How::zero : WantedTensor::How::keep;
+      result.missing.push_back(tensor.name);
+    }
+  };
+  for (std::size_t t = 0; t < tensors.size(); ++t) {
+    TensorSpec const& tensor = tensors[t];
     EntryPolicy const policy = policy_of(tensor.name);
     WantedTensor& wanted = result.tensors.emplace_back();
-    wanted.stored = find(tensor.name);
+    bool const put_together = !assembled.empty() && assembled[t].tensor != nullptr;
+    if (put_together) {
+      if (!assembled[t].absent.empty()) {
+        missing(policy, wanted, tensor, ", and the checkpoint lacks " + assembled[t].absent);
+        continue;
+      }
+      if (!assembled[t].fault.empty()) {
+        keep_shape(policy, wanted, tensor.name, tensor.name + ": " + assembled[t].fault);
+        continue;
+      }
+    }
+    wanted.stored = put_together ? assembled[t].tensor.get() : find(tensor.name);
     for (auto const& other : names_tied_to(tensor.name)) {
       if (wanted.stored == nullptr) wanted.stored = find(other);
       if (auto const* also = find(other)) use(also);
     }
     bool const takes_floats = is_wide_float(tensor.dtype);
-    bool const decodes = wanted.stored != nullptr && wanted.stored->encoding != nullptr && takes_floats;
+    bool const decodes = wanted.stored != nullptr && wanted.stored->decodes() && takes_floats;
     // A name of something stored, with its own dtype and shape or without anything decoded of that name: its bytes are meant. Floats that are scaled are
     // not, where they were stored as floats too.
-    if (auto const* raw = catalog.find_raw(tensor.name); raw != nullptr && (wanted.stored == nullptr || (!decodes && raw->dtype == tensor.dtype && raw->shape == tensor.layout.shape))) {
+    if (auto const* raw = put_together ? nullptr : catalog.find_raw(tensor.name); raw != nullptr && (wanted.stored == nullptr || (!decodes && raw->dtype == tensor.dtype && raw->shape == tensor.layout.shape))) {
       if (wanted.stored != nullptr) used[number_of(wanted.stored)] = true;
       wanted.stored = raw;
     }
     if (wanted.stored == nullptr) {
       if (catalog.find_value(tensor.name) != nullptr) {
         problems.add(ErrorCode::kind_mismatch, tensor.name + ": checkpoint has a value, state wants a tensor");
-      } else if (!policy.allow_missing) {
-        problems.add(ErrorCode::missing_entry, tensor.name + ": Missing key in checkpoint; state wants " + detail::describe(tensor.dtype, tensor.layout.shape));
-        problems.hint("LoadOptions::on_missing = keep leaves such entries unchanged");
       } else {
-        wanted.how = policy.zero_missing ? WantedTensor::How::zero : WantedTensor::How::keep;
-        result.missing.push_back(tensor.name);
+        missing(policy, wanted, tensor, "");
       }
       continue;
     }
-    wanted.shared = use(wanted.stored) && names_tied_to(tensor.name).empty();
+    wanted.shared = !put_together && use(wanted.stored) && names_tied_to(tensor.name).empty();
     CatalogTensor const& stored = *wanted.stored;
     auto const difference = [&] { return tensor.name + ": checkpoint has " + detail::describe(stored.dtype, stored.shape) + ", state wants " + detail::describe(tensor.dtype, tensor.layout.shape); };
     if (!(stored.shape == tensor.layout.shape)) {
-      if (policy.keep_shape) {
-        wanted.how = WantedTensor::How::keep;
-        result.kept.push_back(tensor.name);
-      } else {
-        problems.add(ErrorCode::shape_mismatch, difference() + " (Size mismatch)");
-        problems.hint("LoadOptions::on_shape = keep leaves such tensors unchanged");
-      }
-    } else if (stored.encoding != nullptr && takes_floats) {
-      result.decoded.push_back(tensor.name + ": " + stored.encoding->scheme() + " to " + std::string{to_string(tensor.dtype)});
+      keep_shape(policy, wanted, tensor.name, difference());
+    } else if (decodes) {
+      result.decoded.push_back(tensor.name + ": " + stored.scheme() + " to " + std::string{to_string(tensor.dtype)});
     } else if (stored.dtype != tensor.dtype) {
       if (policy.cast && can_cast(stored.dtype, tensor.dtype)) result.cast.push_back(tensor.name + ": " + std::string{to_string(stored.dtype)} + " to " + std::string{to_string(tensor.dtype)});
       else problems.add(ErrorCode::dtype_mismatch, difference() + (policy.cast ? "; there is no cast between them that keeps what it should" : ""));

@@ -16,6 +16,7 @@
 
 #include <dcp/base/config.hpp>
 #include <dcp/core/encoding.hpp>
+#include <dcp/plan/arrangement.hpp>
 #include <dcp/plan/shares.hpp>
 #include <dcp/plan/transfer_index.hpp>
 
@@ -41,7 +42,7 @@ struct PlannedFile {
 };
 /// What is stored of a tensor of the state: the tensor as it is, or a part of what it is encoded as.
 struct StoredForm {
-  std::uint32_t tensor;     // of the state
+  std::uint32_t tensor;     // of those that the checkpoint has of the state
   DType dtype{};
   Extents shape;
   bool recoded = false;
@@ -206,10 +207,11 @@ class SavePlan {
 
   /// `transfers`: what `rank` holds of the stored boxes (its shares) and of literals, in any order; fastest in that of the files.
   /// `forms`: what the stored boxes are of, where something is encoded; it must outlive the plan, as must `tensors`, `shares` and `files`.
+  /// `arrangement`: of the state's tensors in those that are stored or encoded, where these are others
   /// `sources`: what transfers refer to and nobody else keeps
   template <class = Deferred>
-  SavePlan(std::vector<TensorSpec> const& tensors, Shares const& shares, FilePlan const& files, std::vector<Transfer> transfers, std::int64_t rank, std::int64_t ranks, Options options, std::vector<StoredForm> const* forms = nullptr, std::vector<std::unique_ptr<ElementSource>> sources = {})
-      : tensors_{tensors}, shares_{shares}, files_{files}, forms_{forms}, rank_{rank}, ranks_{ranks}, options_{options}, sources_{std::move(sources)} {
+  SavePlan(std::vector<TensorSpec> const& tensors, Shares const& shares, FilePlan const& files, std::vector<Transfer> transfers, std::int64_t rank, std::int64_t ranks, Options options, std::vector<StoredForm> const* forms = nullptr, Arrangement const* arrangement = nullptr, std::vector<std::unique_ptr<ElementSource>> sources = {})
+      : tensors_{tensors}, shares_{shares}, files_{files}, forms_{forms}, arrangement_{arrangement}, rank_{rank}, ranks_{ranks}, options_{options}, sources_{std::move(sources)} {
     index_ = TransferIndex{std::move(transfers)};
     if (ranks > options.writers_per_file) slots_ = {files.files, ranks, options.writers_per_file, options.block_bytes, options.forwarded_bytes};
     if (!slots_.empty()) return;
@@ -240,10 +242,9 @@ class SavePlan {
       index[d] = stored.box.origin[d] + element % stored.box.shape[d];
       element /= stored.box.shape[d];
     }
-    if (forms_ == nullptr) return shares_.writer_of(stored.tensor, index);
+    if (forms_ == nullptr) return detail::writer_of(shares_, arrangement_, stored.tensor, index);
     StoredForm const& form = (*forms_)[stored.tensor];
-    if (!form.recoded) return shares_.writer_of(form.tensor, index);
-    return shares_.writer_of(form.tensor, form.grid.first_element(index, tensors_[form.tensor].layout.shape));
+    return detail::writer_of(shares_, arrangement_, form.tensor, form.recoded ? form.grid.first_element(index, shape_of(form.tensor)) : index);
   }
 
   /// Files without bytes that this rank is to create: no write of anybody does.
@@ -342,7 +343,10 @@ class SavePlan {
     return result;
   }
 
-  DType dtype_of_stored(StoredBox const& stored) const { return forms_ == nullptr ? tensors_[stored.tensor].dtype : (*forms_)[stored.tensor].dtype; }
+  DType dtype_of_stored(StoredBox const& stored) const {
+    if (forms_ != nullptr) return (*forms_)[stored.tensor].dtype;
+    return arrangement_ == nullptr ? tensors_[stored.tensor].dtype : arrangement_->from[stored.tensor].dtype;
+  }
   FileRange stored_range(std::size_t s) const {
     StoredBox const& stored = files_.stored[s];
     return {stored.offset, stored.offset + bytes_of(dtype_of_stored(stored), static_cast<std::int64_t>(stored.box.size()))};
@@ -368,16 +372,29 @@ class SavePlan {
   bool lies_in_long_runs(StoredBox const& stored) const {
     if (ranks_ == 1) return true;
     StoredForm const* const form = forms_ == nullptr ? nullptr : &(*forms_)[stored.tensor];
-    TensorSpec const& tensor = tensors_[form == nullptr ? stored.tensor : form->tensor];
-    Box cell = box_at(tensor.layout, MeshGeometry::Coordinate{});
-    if (form != nullptr && form->recoded) cell = form->grid.owned(cell, tensor.layout.shape, form->shape);
+    std::uint32_t const t = form == nullptr ? stored.tensor : form->tensor;
     Extents const strides = row_major_strides(stored.box.shape);
-    std::int64_t run = 1;
-    for (int d = cell.rank(); d-- > 0 && (cell.shape[d] == 1 || strides[d] == run);) run *= cell.shape[d];
-    // A flat axis cuts on, where it pleases.
-    if (int const axis = flat_axis(tensor.layout); axis >= 0) run = std::min(run, ceil_div(cell.shape.elements(), std::max<std::int64_t>(1, flat_parts(tensor.layout, axis))));
-    return bytes_of(dtype_of_stored(stored), run) >= options_.long_run_bytes;
+    // Whether a rank's part of a tensor of the state does, of which `placed` is here.
+    auto const long_runs = [&](std::uint32_t number, PlacedBox const* placed) {
+      Layout const& layout = tensors_[number].layout;
+      Box cell = box_at(layout, MeshGeometry::Coordinate{});
+      std::int64_t const elements = cell.shape.elements();
+      if (placed != nullptr) {
+        for (int d = 0; d < cell.rank(); ++d) cell.shape[d] = std::min(cell.shape[d], placed->from.shape[d]);
+        cell = {placed->at, permuted(cell.shape, placed->order)};
+      }
+      if (form != nullptr && form->recoded) cell = form->grid.owned(cell, shape_of(t), form->shape);
+      std::int64_t run = 1;
+      for (int d = cell.rank(); d-- > 0 && (cell.shape[d] == 1 || strides[d] == run);) run *= cell.shape[d];
+      // A flat axis cuts on, where it pleases.
+      if (int const axis = flat_axis(layout); axis >= 0) run = std::min(run, ceil_div(elements, std::max<std::int64_t>(1, flat_parts(layout, axis))));
+      return bytes_of(dtype_of_stored(stored), run) >= options_.long_run_bytes;
+    };
+    if (arrangement_ == nullptr) return long_runs(t, nullptr);
+    auto const& from = arrangement_->from[t].from;
+    return std::all_of(from.begin(), from.end(), [&](PlacedBox const& placed) { return long_runs(placed.tensor, &placed); });
   }
+  Extents const& shape_of(std::uint32_t t) const { return arrangement_ == nullptr ? tensors_[t].layout.shape : arrangement_->from[t].shape; }
 
   // Whether slots say who owns what of a file.
   bool in_slots(std::uint32_t file) const { return !slots_.empty() && files_.files[file].only_rank < 0; }
@@ -415,6 +432,7 @@ class SavePlan {
   Shares const& shares_;
   FilePlan const& files_;
   std::vector<StoredForm> const* forms_;   // none: what is stored are the tensors
+  Arrangement const* arrangement_;         // none: the tensors are the state's
   TransferIndex index_;
   ForwardingSlots slots_;              // none in jobs of few ranks
   std::vector<bool> in_long_runs_;     // of each stored box, there

@@ -53,10 +53,10 @@ class HeldElements {
   Extents const& strides() const { return strides_; }
   std::vector<Held> const& held() const { return held_; }
 
-  /// source    that they come from instead of memory; must live as long
-  void hold(std::vector<Held> held, TensorSource const* source = nullptr) {
+  /// source    that they come from instead of memory
+  void hold(std::vector<Held> held, std::shared_ptr<TensorSource const> source = nullptr) {
     held_ = std::move(held);
-    source_ = source;
+    source_ = std::move(source);
     others_.clear();
   }
   /// An element that another rank has sent.
@@ -144,7 +144,7 @@ class HeldElements {
   DType dtype_;
   Extents shape_, strides_;
   std::vector<Held> held_;
-  TensorSource const* source_ = nullptr;
+  std::shared_ptr<TensorSource const> source_;
   std::map<std::int64_t, float> others_;
 };
 

@@ -432,7 +432,7 @@ class SafeTensorsDriver final : public AnyStorage {
     std::map<std::tuple<std::string, int, int>, std::vector<Piece>> members;
     for (std::uint32_t t = 0; t < targets.of.size(); ++t) {
       int pieces = 0;
-      for_each_piece(request.tensors[t], t, request.shares, request.rank, [&](Box const& box) { members[{targets.directories[targets.of[t].directory].path, targets.of[t].file, pieces++}].push_back({t, box}); });
+      for_each_piece(request, t, request.rank, [&](Box const& box) { members[{targets.directories[targets.of[t].directory].path, targets.of[t].file, pieces++}].push_back({t, box}); });
     }
     FilePlan plan;
     for (auto const& [key, pieces] : members) {

@@ -33,7 +33,9 @@ struct SaveRequest {
   std::int64_t rank, ranks;
   std::vector<std::pair<std::string, Value>> const* values = nullptr;   // for storages whose files hold them
   std::vector<NameJoints> const* value_joints = nullptr;                // of the names of `values`
-  std::vector<std::string> const* parts_of = nullptr;                   // where tensors are encoded: the name in the state of each of `tensors`
+  std::vector<std::string> const* parts_of = nullptr;                   // where tensors are encoded: the name that each of `tensors` has without that
+  std::vector<TensorSpec> const* state = nullptr;                       // where `arrangement` says how the state's tensors lie in `tensors`: the state's
+  Arrangement const* arrangement = nullptr;
 };
 
 /// The data files of a checkpoint, and what an index says of them.

@@ -128,7 +128,7 @@ class TorchDcpDriver final : public AnyStorage {
       try {
         if (torch::dtype_name(tensor.dtype).empty()) throw Error{ErrorCode::unsupported_dtype, "PyTorch has no tensors of " + std::string{to_string(tensor.dtype)}};
         for (std::int64_t rank = all ? 0 : request.rank; rank < (all ? request.ranks : request.rank + 1); ++rank)
-          for_each_piece(tensor, t, request.shares, rank, [&](Box const& box) {
+          for_each_piece(request, t, rank, [&](Box const& box) {
             std::uint64_t& end = ends[static_cast<std::size_t>(all ? rank : 0)];
             Archive const& archive = archives.of(tensor.dtype, box.shape, rank == request.rank);
             if (entry != nullptr) entry->chunks.push_back({box, {rank == request.rank ? file.path : data_file_name(rank), end, archive.layout.size, {}}});
