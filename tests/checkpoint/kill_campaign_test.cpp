@@ -2,6 +2,8 @@
 // ctest: alone
 #include "support/kill_campaign.hpp"
 
+#include <dcp/storage/torch_dcp.hpp>
+
 #include <doctest/doctest.h>
 
 #include <chrono>
@@ -38,6 +40,12 @@ TEST_CASE("save: ranks that are killed at any time lose nothing where directorie
   auto const seed = dcp::test::first_seed() + 1'000'000;
   CAPTURE(seed);
   kills::check(kills::campaign<LocalFsWithoutExchange>(seed, dcp::test::rounds(130, 600), kills::time_of()), 5);
+}
+
+TEST_CASE("save: ranks that are killed at any time lose nothing in PyTorch's format") {
+  auto const seed = dcp::test::first_seed() + 2'000'000;
+  CAPTURE(seed);
+  kills::check(kills::campaign<dcp::LocalFs, dcp::BasicTorchDcp>(seed, dcp::test::rounds(130, 600), kills::time_of()), 5);
 }
 
 TEST_CASE("harness: kills show that a save which removes the old checkpoint first loses it") {

@@ -6,6 +6,7 @@
 #include "support/upstream_dtensor.hpp"
 #include "support/upstream_e2e_save_and_load.hpp"
 #include "support/upstream_faults.hpp"
+#include "support/upstream_format_utils.hpp"
 #include "support/upstream_hf_safetensor_e2e.hpp"
 #include "support/upstream_hf_storage.hpp"
 #include "support/upstream_metadata.hpp"

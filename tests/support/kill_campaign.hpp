@@ -69,7 +69,7 @@ struct Kill {
 };
 
 /// One save that nobody disturbs, then saves until the kill comes.
-template <class M>
+template <class M, template <class> class Storage>
 void save_until_killed(ProcComm& comm, std::string const& place, Board& board, Kill const& kill) {
   auto const me = static_cast<std::size_t>(comm.rank());
   board.processes[me] = ::getpid();
@@ -78,7 +78,7 @@ void save_until_killed(ProcComm& comm, std::string const& place, Board& board, K
   auto const save_next = [&](std::uint64_t generation) {
     if (comm.rank() == 0) board.started = generation;
     state.fill(generation);
-    dcp::save<dcp::BasicSafeTensors<FaultMedium<M>>>(comm, {medium, place}, state, {.if_exists = dcp::IfExists::replace, .threads = 1});
+    dcp::save<Storage<FaultMedium<M>>>(comm, {medium, place}, state, {.if_exists = dcp::IfExists::replace, .threads = 1});
     board.returned = generation;   // the same on all ranks
   };
   std::uint64_t const first = board.started + 1;
@@ -149,7 +149,7 @@ struct Findings {
 
 inline constexpr int least_kills = 5;   // however long they take: on a busy machine, under a sanitizer, one takes seconds
 
-template <class M>
+template <class M, template <class> class Storage = dcp::BasicSafeTensors>
 Findings campaign(std::uint64_t seed, int rounds, std::chrono::seconds most) {
   Findings findings;
   TemporaryDirectory directory;
@@ -164,7 +164,7 @@ Findings campaign(std::uint64_t seed, int rounds, std::chrono::seconds most) {
     kill.at_call = random.one_in(2);
     kill.when = static_cast<double>(random.between(0, 999)) / (kill.at_call ? 1000 : 600);
     std::string const where = "seed " + std::to_string(seed + static_cast<std::uint64_t>(round)) + ", rank " + std::to_string(kill.victim) + (kill.all ? " and all others" : "") + (kill.at_call ? ", by calls" : ", by time") + ": ";
-    auto const ends = run_processes(ranks, [&](ProcComm& comm) { save_until_killed<M>(comm, place, *board, kill); });
+    auto const ends = run_processes(ranks, [&](ProcComm& comm) { save_until_killed<M, Storage>(comm, place, *board, kill); });
     for (int rank = 0; rank < ranks; ++rank) {
       auto const& end = ends[static_cast<std::size_t>(rank)];
       if (end.signal == SIGKILL && (rank == kill.victim || kill.all)) continue;
@@ -184,7 +184,7 @@ Findings campaign(std::uint64_t seed, int rounds, std::chrono::seconds most) {
     auto const loads = run_processes(readers, [&](ProcComm& comm) {
       GenerationState state{comm, 300};
       state.scribble();
-      dcp::load<dcp::SafeTensors>(comm, place, state);
+      dcp::load<Storage<dcp::LocalFs>>(comm, place, state);
       (*board).found = state.generation();
     });
     for (auto const& load : loads)
