@@ -61,6 +61,7 @@ enum class ErrorCode : std::uint8_t {
   changed,            // memory that was to stay as it was while it was copied
   bad_magic,          // of a file that begins with something else
   quant_mismatch,     // parts of a quantized tensor, or what a configuration says of it, contradict each other
+  device,             // a device, or the driver of it, refused or failed
 };
 
 inline constexpr std::array error_code_names{
@@ -69,8 +70,8 @@ inline constexpr std::array error_code_names{
     "overlapping_memory", "incomplete",    "corrupt",        "budget",          "truncated",          "bad_header_length", "bad_utf8", "bad_json",
     "bad_schema",      "bad_version",      "duplicate_key",  "unsupported_dtype", "overflow",         "bad_offsets",   "size_mismatch", "misaligned",
     "trailing_data",   "unsafe_path",      "missing_file",   "missing_tensor",  "index_mismatch",     "limit",         "busy",       "cancelled",
-    "changed",         "bad_magic",        "quant_mismatch"};
-static_assert(error_code_names.size() == static_cast<std::size_t>(ErrorCode::quant_mismatch) + 1);
+    "changed",         "bad_magic",        "quant_mismatch", "device"};
+static_assert(error_code_names.size() == static_cast<std::size_t>(ErrorCode::device) + 1);
 
 inline std::string_view to_string(ErrorCode code) { return error_code_names[static_cast<std::size_t>(code)]; }
 

@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// A DeviceDriver over the calls of a toolkit with streams and events, as CUDA's: which calls these are is the parameter, so that what is done with them is the same code
+// on every kind of device, and is tested where there is none.
+//
+//   order       by events only: a lane waits for the event that was recorded in the program's stream, and never for a device or a stream of others
+//   streams     are non-blocking: nothing here takes part in the order of the legacy stream
+//   waiting     asks for the event again and again; a call that waits inside the driver could not be given up
+//   memory      on the device: none. On the host: two pinned buffers for each lane, pinned once; where the system does not let that be they are pageable, and
+//               unpinned_bytes() says so
+//   devices     only those that tensors or streams belong to are made current, and the caller's is again when a call returns
+
+#include <dcp/base/config.hpp>
+#include <dcp/device/driver.hpp>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace dcp::detail {
+
+// The calls. A status of 0 is success; handles are small values. copy() and copy_rows() find out by themselves on which sides they are.
+template <class A>
+concept StreamApi = requires(A& api, typename A::Stream stream, typename A::Event event, void* to, void const* from, std::size_t bytes, int& ordinal, MemoryPlace& place, void*& memory, typename A::Stream& new_stream,
+                             typename A::Event& new_event) {
+  { api.name() } -> std::convertible_to<std::string_view>;
+  { api.where(from, place) } -> std::same_as<int>;
+  { api.current(ordinal) } -> std::same_as<int>;
+  { api.use(0) } -> std::same_as<int>;
+  { api.create_stream(new_stream) } -> std::same_as<int>;
+  { api.destroy_stream(stream) } -> std::same_as<int>;
+  { api.create_event(new_event) } -> std::same_as<int>;
+  { api.destroy_event(event) } -> std::same_as<int>;
+  { api.record(event, stream) } -> std::same_as<int>;
+  { api.wait(stream, event) } -> std::same_as<int>;
+  { api.query(event) } -> std::same_as<int>;
+  { api.is_not_ready(0) } -> std::same_as<bool>;
+  { api.copy(to, from, bytes, stream) } -> std::same_as<int>;
+  { api.copy_rows(to, bytes, from, bytes, bytes, bytes, stream) } -> std::same_as<int>;
+  { api.allocate_pinned(memory, bytes) } -> std::same_as<int>;
+  { api.free_pinned(to) } -> std::same_as<int>;
+  { api.forget_error() };
+  { api.words(0) } -> std::convertible_to<std::string>;
+  { api.stream_of(to) } -> std::same_as<typename A::Stream>;
+};
+
+template <StreamApi Api>
+class StreamDriver final : public DeviceDriver, public std::enable_shared_from_this<StreamDriver<Api>> {
+ public:
+  using Stream = typename Api::Stream;
+  using Event = typename Api::Event;
+
+  /// `deadline`: how long a lane may take for what is in it.
+  explicit StreamDriver(std::shared_ptr<Api> api, std::chrono::milliseconds deadline = std::chrono::minutes{10}) : api_{std::move(api)}, deadline_{deadline} {}
+
+  std::string_view name() const override { return api_->name(); }
+  MemoryPlace where(void const* address) const override {
+    MemoryPlace place;
+    check(api_->where(address, place), "to say where memory is");
+    return place;
+  }
+  std::shared_ptr<DeviceEvent> record(int ordinal, void* stream) override {
+    OnDevice const here{*this, ordinal};
+    auto event = std::make_shared<OwnedEvent>(this->shared_from_this(), ordinal);
+    check(api_->record(event->event, api_->stream_of(stream)), "to record an event in a stream");
+    return event;
+  }
+  void order(int ordinal, void* stream, DeviceEvent const& event) override {
+    OnDevice const here{*this, ordinal};
+    check(api_->wait(api_->stream_of(stream), static_cast<OwnedEvent const&>(event).event), "to let a stream wait for an event");
+  }
+  std::shared_ptr<DeviceLane> lane(int ordinal) override {
+    std::unique_ptr<Lane> lane;
+    {
+      std::lock_guard const lock{mutex_};
+      auto const free = std::find_if(free_.begin(), free_.end(), [&](auto const& one) { return one->ordinal == ordinal; });
+      if (free != free_.end()) {
+        lane = std::move(*free);
+        free_.erase(free);
+      }
+    }
+    if (!lane) lane = std::make_unique<Lane>(*this, ordinal);
+    // Back when its user is done with it; the driver lives as long.
+    auto const give_back = [self = this->shared_from_this()](Lane* used) { self->give_back(std::unique_ptr<Lane>{used}); };
+    return std::shared_ptr<Lane>{lane.release(), give_back};
+  }
+  std::uint64_t unpinned_bytes() const override { return unpinned_; }
+
+  Api& api() const { return *api_; }
+  std::chrono::milliseconds deadline() const { return deadline_; }
+
+ private:
+  template <class = Deferred>
+  [[noreturn]] void fail(int status, std::string_view what) const {
+    api_->forget_error();   // which would else be reported to the program, by a call of its own
+    throw Error{ErrorCode::device, std::string{name()} + " refused " + std::string{what} + ": " + api_->words(status)};
+  }
+  void check(int status, std::string_view what) const {
+    if (status != 0) [[unlikely]] fail(status, what);
+  }
+
+  // The device is current while this lives.
+  class OnDevice {
+   public:
+    OnDevice(StreamDriver const& driver, int ordinal) : driver_{driver} {
+      driver.check(driver.api_->current(before_), "to say which device is current");
+      if (before_ == ordinal) before_ = -1;
+      else driver.check(driver.api_->use(ordinal), "to make device " + std::to_string(ordinal) + " current");
+    }
+    OnDevice(OnDevice const&) = delete;
+    OnDevice& operator=(OnDevice const&) = delete;
+    ~OnDevice() {
+      if (before_ >= 0) static_cast<void>(driver_.api_->use(before_));
+    }
+
+   private:
+    StreamDriver const& driver_;
+    int before_ = -1;
+  };
+
+  struct OwnedEvent final : DeviceEvent {
+    OwnedEvent(std::shared_ptr<StreamDriver const> of, int on) : driver{std::move(of)}, ordinal{on} { driver->check(driver->api_->create_event(event), "an event"); }
+    OwnedEvent(OwnedEvent const&) = delete;
+    OwnedEvent& operator=(OwnedEvent const&) = delete;
+    ~OwnedEvent() override { static_cast<void>(driver->api_->destroy_event(event)); }
+    bool done() const override {
+      int const status = driver->api_->query(event);
+      if (status == 0) return true;
+      if (!driver->api_->is_not_ready(status)) driver->fail(status, "the work before an event");
+      return false;
+    }
+    std::shared_ptr<StreamDriver const> driver;
+    int ordinal;
+    Event event{};
+  };
+
+  class Lane final : public DeviceLane {
+   public:
+    Lane(StreamDriver& of, int on) : ordinal{on}, driver_{of} {
+      OnDevice const here{driver_, ordinal};
+      driver_.check(driver_.api_->create_stream(stream_), "a stream");
+      if (int const status = driver_.api_->create_event(end_); status != 0) {
+        static_cast<void>(driver_.api_->destroy_stream(stream_));
+        driver_.fail(status, "an event");
+      }
+    }
+    Lane(Lane const&) = delete;
+    Lane& operator=(Lane const&) = delete;
+    /// A lane whose work is not known to have ended keeps all that the work may touch.
+    ~Lane() override {
+      if (broken_ || busy_) return;
+      try {
+        OnDevice const here{driver_, ordinal};
+        for (auto& buffer : buffers_) free(buffer);
+        static_cast<void>(driver_.api_->destroy_event(end_));
+        static_cast<void>(driver_.api_->destroy_stream(stream_));
+      } catch (...) {
+        // The device is gone; so is what was on it.
+      }
+    }
+
+    void after(DeviceEvent const& event) override {
+      OnDevice const here{driver_, ordinal};
+      driver_.check(driver_.api_->wait(stream_, static_cast<OwnedEvent const&>(event).event), "to let a stream wait for an event");
+    }
+    void copy(std::byte* to, std::size_t to_pitch, std::byte const* from, std::size_t from_pitch, std::size_t bytes, std::size_t rows) override {
+      if (bytes == 0 || rows == 0) return;
+      OnDevice const here{driver_, ordinal};
+      busy_ = true;
+      bool const one = rows == 1 || (to_pitch == bytes && from_pitch == bytes);
+      int const status = one ? driver_.api_->copy(to, from, bytes * rows, stream_) : driver_.api_->copy_rows(to, to_pitch, from, from_pitch, bytes, rows, stream_);
+      if (status != 0) {
+        broken_ = true;
+        driver_.fail(status, "a copy");
+      }
+    }
+    void finish() override {
+      if (!busy_) return;
+      try {
+        OnDevice const here{driver_, ordinal};
+        driver_.check(driver_.api_->record(end_, stream_), "to record an event in a stream");
+        auto const begin = SteadyClock::now();
+        for (int asked = 0;; ++asked) {
+          int const status = driver_.api_->query(end_);
+          if (status == 0) break;
+          if (!driver_.api_->is_not_ready(status)) driver_.fail(status, "copies");
+          if (asked < 64) continue;
+          auto const waited = SteadyClock::now() - begin;
+          if (waited > driver_.deadline_) throw Error{ErrorCode::timeout, std::string{driver_.name()} + ": copies have not ended after " + std::to_string(driver_.deadline_.count()) + " ms; what they come after in the program's stream may not have, either"};
+          // Short at first: a copy of some MiB takes a fraction of a millisecond.
+          this_thread::sleep_for(std::clamp<std::chrono::nanoseconds>(waited / 8, std::chrono::microseconds{5}, std::chrono::milliseconds{2}));
+        }
+      } catch (...) {
+        broken_ = true;
+        throw;
+      }
+      busy_ = false;
+    }
+    ByteSpan buffer(int which, std::size_t bytes) override {
+      Buffer& buffer = buffers_[static_cast<std::size_t>(which)];
+      if (buffer.size < bytes) {
+        finish();   // what is being copied from it
+        OnDevice const here{driver_, ordinal};
+        free(buffer);
+        void* memory = nullptr;
+        buffer.pinned = driver_.api_->allocate_pinned(memory, bytes) == 0;
+        if (!buffer.pinned) {
+          driver_.api_->forget_error();
+          driver_.unpinned_ += bytes;
+          memory = ::operator new(bytes, std::align_val_t{alignment});
+        }
+        buffer.memory = static_cast<std::byte*>(memory);
+        buffer.size = bytes;
+      }
+      return {buffer.memory, bytes};
+    }
+
+    bool reusable() const { return !broken_ && !busy_; }
+    int const ordinal;
+
+   private:
+    static constexpr std::size_t alignment = 4096;
+    struct Buffer {
+      std::byte* memory = nullptr;
+      std::size_t size = 0;
+      bool pinned = false;
+    };
+    void free(Buffer& buffer) {
+      if (buffer.memory == nullptr) return;
+      if (buffer.pinned) static_cast<void>(driver_.api_->free_pinned(buffer.memory));
+      else ::operator delete(buffer.memory, std::align_val_t{alignment});
+      buffer = {};
+    }
+
+    StreamDriver& driver_;
+    Stream stream_{};
+    Event end_{};
+    std::array<Buffer, 2> buffers_;
+    bool busy_ = false, broken_ = false;
+  };
+
+  void give_back(std::unique_ptr<Lane> lane) {
+    if (!lane->reusable()) {
+      try {
+        lane->finish();   // its user has failed in between
+      } catch (...) {
+      }
+    }
+    if (!lane->reusable()) return static_cast<void>(lane.release());   // its work may still run: what that touches stays for ever
+    std::lock_guard const lock{mutex_};
+    free_.push_back(std::move(lane));
+  }
+
+  std::shared_ptr<Api> api_;
+  std::chrono::milliseconds deadline_;
+  Mutex mutex_;
+  std::vector<std::unique_ptr<Lane>> free_;
+  Atomic<std::uint64_t> unpinned_{0};
+};
+
+}  // namespace dcp::detail
