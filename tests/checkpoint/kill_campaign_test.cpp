@@ -39,13 +39,13 @@ TEST_CASE("save: ranks that are killed at any time lose nothing") {
 TEST_CASE("save: ranks that are killed at any time lose nothing where directories cannot be exchanged either") {
   auto const seed = dcp::test::first_seed() + 1'000'000;
   CAPTURE(seed);
-  kills::check(kills::campaign<LocalFsWithoutExchange>(seed, dcp::test::rounds(130, 600), kills::time_of()), 5);
+  kills::check(kills::campaign<LocalFsWithoutExchange>(seed, dcp::test::rounds(130, 600), kills::time_of() / 2), 5);
 }
 
 TEST_CASE("save: ranks that are killed at any time lose nothing in PyTorch's format") {
   auto const seed = dcp::test::first_seed() + 2'000'000;
   CAPTURE(seed);
-  kills::check(kills::campaign<dcp::LocalFs, dcp::BasicTorchDcp>(seed, dcp::test::rounds(130, 600), kills::time_of()), 5);
+  kills::check(kills::campaign<dcp::LocalFs, dcp::BasicTorchDcp>(seed, dcp::test::rounds(130, 600), kills::time_of() / 2), 5);
 }
 
 TEST_CASE("harness: kills show that a save which removes the old checkpoint first loses it") {

@@ -5,6 +5,7 @@
 
 #include <dcp/base/config.hpp>
 #include <dcp/base/algorithms.hpp>
+#include <dcp/checkpoint/devices.hpp>
 #include <dcp/checkpoint/options.hpp>
 #include <dcp/comm/agree.hpp>
 #include <dcp/plan/arrangement.hpp>
@@ -29,6 +30,7 @@ struct AgreedState {
   std::vector<StateEntry const*> local_values;
   std::vector<Tie> ties;                                     // sorted
   std::shared_ptr<Arrangement const> arrangement{};          // where the checkpoint has other tensors than these
+  DevicesOfState devices{};                                  // of this rank's memory
 };
 
 template <class = Deferred>

@@ -236,7 +236,10 @@ std::pair<std::shared_ptr<PlannedSave>, bool> agree_or_reuse(CommRef comm, AnySt
     auto const all = all_gather_value(comm, mine);
     if (mine.plan != 0 && std::count(all.begin(), all.end(), mine) == comm.size()) {
       watch.enter("plan");
-      Bytes const own = agree(comm, "save: plan", [&] { return own_values(planned->agreed, comm.rank()); });
+      Bytes const own = agree(comm, "save: plan", [&] {
+        planned->agreed.devices.record_again(settings.on);
+        return own_values(planned->agreed, comm.rank());
+      });
       values = collect_values(comm, planned->agreed, own);
       return {std::move(planned), true};
     }

@@ -64,9 +64,15 @@ std::string options_text(LoadSettings const& settings) {
 }
 
 template <class = Deferred>
-void fill_with_zeros(TensorEntry const& tensor, std::int64_t rank) {
+void fill_with_zeros(TensorEntry const& tensor, std::int64_t rank, std::shared_ptr<DeviceHere const> const& device) {
   for_each_held_box(held_part(tensor.layout, rank), tensor.dtype, tensor.memory, [&](Box const& held, MemoryView const& memory) {
     Transfer const transfer = make_transfer(tensor.dtype, tensor.dtype, held, held, memory, held, 0);
+    if (device != nullptr) {
+      constexpr std::int64_t piece = 1 << 20;
+      Bytes const zeros(static_cast<std::size_t>(bytes_of(transfer.dtype, std::min(piece, transfer.end))));
+      for (std::int64_t at = 0; at < transfer.end; at += piece) unpack(device, transfer, at, std::min(transfer.end, at + piece), zeros);
+      return;
+    }
     transfer.for_each_run(0, transfer.end, [](std::uint64_t, std::byte* at, std::size_t bytes) { std::memset(at, 0, bytes); });
   });
 }
@@ -117,7 +123,10 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
   watch.enter("agree");
   agree(comm, "load: agree", [&] { check_resources(settings.memory_bytes, settings.threads); });
   AgreedState agreed_state = agree_state(comm, "load: agree", state, report.options + " place=" + place.path, false);
-  agree(comm, "load: names", [&] { map_names(agreed_state, settings.names); });
+  agree(comm, "load: names", [&] {
+    map_names(agreed_state, settings.names);
+    agreed_state.devices = DevicesOfState::of(agreed_state.local_tensors, settings.on);
+  });
   AgreedState const& agreed = agreed_state;
 
   return again_if_replaced(comm, medium, place.path, [&](Sighting& seen) {
@@ -189,7 +198,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
       for (std::size_t t = 0; t < agreed.tensors.size(); ++t)
         if (reads(t))
           boxes_to_read(t, [&](Box const& box, MemoryView const& memory) {
-            plan_reads(*stored(t), agreed.local_tensors[t]->tensor->dtype, box, memory, !result.comparison.tensors[t].shared, settings.verify == Verify::full, result.reads);
+            plan_reads(*stored(t), agreed.local_tensors[t]->tensor->dtype, box, memory, !result.comparison.tensors[t].shared, settings.verify == Verify::full, result.reads, agreed.devices.of(t));
           });
       return result;
     });
@@ -214,7 +223,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
     agree(comm, "load: read", [&] {
       for (std::size_t t = 0; t < agreed.tensors.size(); ++t)
         if (plan.comparison.tensors[t].how == WantedTensor::How::zero && agreed.local_tensors[t] != nullptr)
-          fill_with_zeros(*agreed.local_tensors[t]->tensor, comm.rank());
+          fill_with_zeros(*agreed.local_tensors[t]->tensor, comm.rank(), agreed.devices.of(t));
       try {
         reader.read();
       } catch (Error& error) {
@@ -270,6 +279,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
     report.kept = std::move(plan.comparison.kept);
     report.duplicates = catalog.duplicates;
     report.warnings = catalog.warnings;
+    agreed.devices.warn(report.warnings);
     struct Counts {
       std::uint64_t verified, unverified, verification, over_read;
     };

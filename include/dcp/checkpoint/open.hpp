@@ -167,6 +167,8 @@ Located locate_checkpoint(AnyMedium& medium, std::string place) {
     if (error.code() != ErrorCode::missing_file && error.code() != ErrorCode::not_found) throw error.with_path(path);
   }
   auto const& record = located.record;
+  // The record of a sibling was there a moment ago, and whoever removes a checkpoint removes that first.
+  if (!record && kind == EntryKind::missing) throw Error{ErrorCode::not_found, "there is no checkpoint: it was removed while it was looked at"}.with_path(place);
   if (!record && medium.kind(located.directory + '/' + std::string{checksums_name}) == EntryKind::file)
     throw Error{ErrorCode::corrupt, std::string{record_name} + " is missing; " + std::string{checksums_name} + ", which is written together with it, is there"}
         .with_path(path)

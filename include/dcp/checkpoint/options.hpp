@@ -5,6 +5,7 @@
 #include <dcp/base/checksum.hpp>
 #include <dcp/base/config.hpp>
 #include <dcp/core/name_map.hpp>
+#include <dcp/device/driver.hpp>
 #include <dcp/storage/storage.hpp>
 
 #include <chrono>
@@ -59,6 +60,7 @@ template <class S>
 struct SaveOptions {
   IfExists if_exists = IfExists::fail;
   Check check = Check::values;
+  std::vector<DeviceStream> on = {};                             // the program's streams, of each device that has tensors: dcp::on(stream). Copies come after what is in them
   NameMap names = {};                                            // that the checkpoint is to have for the state's, and in which pieces
   bool checksums = true;                                         // of the tensors' bytes; without them a load cannot verify what it reads
   std::uint64_t memory_bytes = default_memory_bytes;             // of staging on this rank, at least 16 MiB
@@ -92,6 +94,7 @@ struct LoadOptions {
   OnShape on_shape = OnShape::error;
   OnDType on_dtype = OnDType::error;
   std::vector<PrefixPolicy> for_prefix = {};
+  std::vector<DeviceStream> on = {};   // the program's streams, of each device that has tensors: dcp::on(stream). What is in them comes first
   NameMap names = {};       // that the checkpoint has for the state's, and in which pieces
   Verify verify = Verify::standard;
   bool read_once = false;   // what several ranks hold is read once and sent on: where ranks are nearer to each other than to the storage.
@@ -109,11 +112,11 @@ using LoadSettings = LoadOptions<detail::no_options>;
 namespace detail {
 template <class S>
 SaveSettings settings_of(SaveOptions<S> const& o) {
-  return {o.if_exists, o.check, o.names, o.checksums, o.memory_bytes, o.threads, o.direct_io, o.writers_per_file, o.visible_within, o.staging_bytes, o.deadline, o.executor, o.saver_program, o.low_io_priority, o.progress, {}};
+  return {o.if_exists, o.check, o.on, o.names, o.checksums, o.memory_bytes, o.threads, o.direct_io, o.writers_per_file, o.visible_within, o.staging_bytes, o.deadline, o.executor, o.saver_program, o.low_io_priority, o.progress, {}};
 }
 template <class S>
 LoadSettings settings_of(LoadOptions<S> const& o) {
-  return {o.on_missing, o.on_unexpected, o.on_shape, o.on_dtype, o.for_prefix, o.names, o.verify, o.read_once, o.memory_bytes, o.threads, o.progress, {}};
+  return {o.on_missing, o.on_unexpected, o.on_shape, o.on_dtype, o.for_prefix, o.on, o.names, o.verify, o.read_once, o.memory_bytes, o.threads, o.progress, {}};
 }
 template <class = Deferred>
 std::string options_text(NameMap const& names) {

@@ -87,8 +87,12 @@ class Reader {
     };
     // Ranks begin at different places, so that they do not all ask for the same file first.
     std::size_t const start = windows.empty() ? 0 : windows.size() * static_cast<std::size_t>(comm_.rank()) / static_cast<std::size_t>(comm_.size());
-    std::vector<AlignedBuffer> buffers(budget_.threads);
+    std::vector<Hands> hands(budget_.threads);
     Workers<> workers{budget_.threads};
+    auto const finish = [&] {
+      workers.finish(alive);
+      for (auto& hand : hands) hand.finish();
+    };
     // Copies that are only compared come after what they are compared with.
     for (bool const compare : {false, true}) {
       if (compare && std::none_of(purposes_.begin(), purposes_.end(), [](ReadPurpose const& p) { return p.compare; })) break;
@@ -97,20 +101,17 @@ class Reader {
         workers.submit([&, compare, w](std::size_t thread) {
           // The device works on what comes next while this thread copies and sums up.
           for (std::size_t next = w == 0 ? 0 : w + windows_ahead; next <= w + windows_ahead && next < windows.size(); ++next) will_read(window_at(next).first, window_at(next).second);
-          AlignedBuffer& buffer = buffers[thread];
-          if (buffer.size() == 0) buffer = AlignedBuffer{static_cast<std::size_t>(budget_.buffer_bytes + slack)};
-          read_window(window_at(w).first, window_at(w).second, buffer, compare);
+          read_window(window_at(w).first, window_at(w).second, hands[thread], compare);
         });
-      workers.finish(alive);
+      finish();
     }
-    std::vector<Bytes> scratch(budget_.threads);
     for (std::size_t t = 0; t < tiles.size(); ++t)
       workers.submit([&, t](std::size_t thread) {
         constexpr std::size_t ahead = 8;
         if (t % ahead == 0) for (std::size_t next = t == 0 ? 0 : t + ahead; next < std::min(tiles.size(), t + 2 * ahead); ++next) will_read(tiles[next]);
-        read_tile(tiles[t], buffers[thread], scratch[thread]);
+        read_tile(tiles[t], hands[thread]);
       });
-    workers.finish(alive);
+    finish();
     verify_records(workers, alive);
     watch_.here().bytes += done_;
     watch_.here().operations += operations_;
@@ -154,6 +155,56 @@ class Reader {
     std::byte* memory;
     std::uint32_t transfer;
     bool counts;
+  };
+  // What one thread reads into, and by what it reaches devices. Two buffers take turns there: while the one is filled and verified, the other is copied on.
+  struct Hands {
+    AlignedBuffer buffer;
+    Bytes scratch;
+    struct Reach {
+      std::shared_ptr<DeviceHere const> device;
+      std::shared_ptr<DeviceLane> lane;
+      int which = 0;
+    };
+    std::vector<Reach> reaches;
+
+    Reach& reach(std::shared_ptr<DeviceHere const> const& device) {
+      for (auto& known : reaches)
+        if (known.device == device) return known;
+      return reaches.emplace_back(Reach{device, device->lane()});
+    }
+    void finish() {
+      for (auto& known : reaches) known.lane->finish();
+    }
+  };
+  // Runs that lie as rows on both sides are one copy.
+  class RowsToDevice {
+   public:
+    explicit RowsToDevice(DeviceLane& lane) : lane_{lane} {}
+    RowsToDevice(RowsToDevice const&) = delete;
+    RowsToDevice& operator=(RowsToDevice const&) = delete;
+    void add(std::byte* to, std::byte const* from, std::size_t bytes) {
+      if (rows_ > 0 && bytes == bytes_) {
+        auto const to_step = to - to_ - static_cast<std::ptrdiff_t>(to_pitch_ * (rows_ - 1)), from_step = from - from_ - static_cast<std::ptrdiff_t>(from_pitch_ * (rows_ - 1));
+        bool const forward = to_step >= static_cast<std::ptrdiff_t>(bytes) && from_step >= static_cast<std::ptrdiff_t>(bytes);
+        if (forward && (rows_ == 1 || (static_cast<std::size_t>(to_step) == to_pitch_ && static_cast<std::size_t>(from_step) == from_pitch_))) {
+          to_pitch_ = static_cast<std::size_t>(to_step), from_pitch_ = static_cast<std::size_t>(from_step);
+          ++rows_;
+          return;
+        }
+      }
+      put();
+      to_ = to, from_ = from, bytes_ = bytes, to_pitch_ = from_pitch_ = bytes, rows_ = 1;
+    }
+    void put() {
+      if (rows_ > 0) lane_.copy(to_, to_pitch_, from_, from_pitch_, bytes_, rows_);
+      rows_ = 0;
+    }
+
+   private:
+    DeviceLane& lane_;
+    std::byte* to_ = nullptr;
+    std::byte const* from_ = nullptr;
+    std::size_t bytes_ = 0, to_pitch_ = 0, from_pitch_ = 0, rows_ = 0;
   };
   // A box of a decode that is read and decoded at once.
   struct Tile {
@@ -209,7 +260,7 @@ class Reader {
     workers.finish(alive);
   }
 
-  void read_window(std::uint32_t f, FileRange window, AlignedBuffer& buffer, bool compare) {
+  void read_window(std::uint32_t f, FileRange window, Hands& hands, bool compare) {
     std::uint64_t const file_size = opened_.catalog.files[f].size;
     std::vector<Run> runs;
     index_.for_each_in(f, window, [&](std::uint32_t t, std::int64_t from, std::int64_t to) {
@@ -219,7 +270,22 @@ class Reader {
     if (runs.empty()) return;
     std::sort(runs.begin(), runs.end(), [](Run const& a, Run const& b) { return a.at < b.at; });
     bool const as_stored = std::all_of(runs.begin(), runs.end(), [&](Run const& run) { return index_[run.transfer].dtype == index_[run.transfer].memory_dtype; });
-    if (as_stored && !compare && !(verifies_ && settings_.verify == Verify::full)) return read_straight(f, file_size, runs, buffer);
+    std::shared_ptr<DeviceHere const> device;   // that has all of the runs; or some of them
+    bool on_host = false;
+    for (auto const& run : runs) {
+      auto const& of = purposes_[index_[run.transfer].tensor].device;
+      if (of == nullptr || (device != nullptr && of != device)) on_host = true;
+      if (of != nullptr) device = of;
+    }
+    if (device == nullptr && as_stored && !compare && !(verifies_ && settings_.verify == Verify::full)) return read_straight(f, file_size, runs, own_buffer(hands));
+    ByteSpan buffer;
+    if (device != nullptr && !on_host && !compare) {
+      auto& reach = hands.reach(device);
+      buffer = reach.lane->buffer(reach.which, static_cast<std::size_t>(budget_.buffer_bytes + slack));
+      reach.which = 1 - reach.which;
+    } else {
+      buffer = own_buffer(hands).first(budget_.buffer_bytes + slack);
+    }
     // What to read: the runs, over small holes; whole chunks when everything is to be verified.
     std::vector<FileRange> ranges;
     std::uint64_t needed = 0;
@@ -241,22 +307,65 @@ class Reader {
     auto const bytes_at = [&](std::uint64_t at) { return buffer.data() + (at - window.begin); };
     bool const sums = summed(f);
     if (sums) verify_window(f, file_size, window, runs, ranges, bytes_at);
+    for (auto& reach : hands.reaches) reach.lane->finish();   // what is copied from the other buffer, and what is compared below
+    Bytes cast;
+    std::uint64_t begun = 0;   // of `cast`
+    if (device != nullptr && !compare && !as_stored) cast.resize(static_cast<std::size_t>(cast_bytes(runs)));
+    std::optional<RowsToDevice> rows;
+    DeviceLane* to = nullptr;
     for (auto const& run : runs) {
       Transfer const& transfer = index_[run.transfer];
+      auto const& there = purposes_[transfer.tensor].device;
       std::byte const* from = bytes_at(run.at);
+      std::size_t const elements = static_cast<std::size_t>(run.bytes * 8 / static_cast<std::uint64_t>(bits_of(transfer.dtype)));
       if (compare) {
-        if (transfer.dtype == transfer.memory_dtype && std::memcmp(run.memory, from, static_cast<std::size_t>(run.bytes)) != 0)
+        if (transfer.dtype == transfer.memory_dtype && !same_bytes(there, hands, run, from))
           throw Error{ErrorCode::corrupt, "two files hold the same elements of " + tensors_in({run.at, run.at + run.bytes}, f) + " with different values"}.with_path(path(f)).with_range(run.at, run.at + run.bytes);
+      } else if (there != nullptr) {
+        std::size_t bytes = static_cast<std::size_t>(run.bytes);
+        if (transfer.dtype != transfer.memory_dtype) {
+          bytes = elements * static_cast<std::size_t>(bits_of(transfer.memory_dtype)) / 8;
+          cast_elements(transfer.dtype, from, transfer.memory_dtype, cast.data() + begun, elements);
+          from = cast.data() + begun;
+          begun += bytes;
+        }
+        if (DeviceLane* const lane = hands.reach(there).lane.get(); lane != to) {
+          if (rows) rows->put();
+          rows.emplace(*lane);
+          to = lane;
+        }
+        rows->add(run.memory, from, bytes);
       } else if (transfer.dtype == transfer.memory_dtype) {
         std::memcpy(run.memory, from, static_cast<std::size_t>(run.bytes));
       } else {
-        cast_elements(transfer.dtype, from, transfer.memory_dtype, run.memory, static_cast<std::size_t>(run.bytes * 8 / static_cast<std::uint64_t>(bits_of(transfer.dtype))));
+        cast_elements(transfer.dtype, from, transfer.memory_dtype, run.memory, elements);
       }
     }
+    if (rows) rows->put();
+    if (device != nullptr && (on_host || !cast.empty())) hands.finish();   // they are copied from memory that is next used for something else
     done_ += needed;
     operations_ += ranges.size();
     std::lock_guard const lock{mutex_};
     if (!sums) unverified_bytes += needed;
+  }
+  AlignedBuffer& own_buffer(Hands& hands) {
+    if (hands.buffer.size() == 0) hands.buffer = AlignedBuffer{static_cast<std::size_t>(budget_.buffer_bytes + slack)};
+    return hands.buffer;
+  }
+  // What runs become that are cast.
+  std::uint64_t cast_bytes(std::vector<Run> const& runs) const {
+    std::uint64_t bytes = 0;
+    for (auto const& run : runs) bytes += run.bytes * static_cast<std::uint64_t>(bits_of(index_[run.transfer].memory_dtype)) / static_cast<std::uint64_t>(bits_of(index_[run.transfer].dtype));
+    return bytes;
+  }
+  // Whether memory, of whatever device, holds what the file does.
+  static bool same_bytes(std::shared_ptr<DeviceHere const> const& device, Hands& hands, Run const& run, std::byte const* from) {
+    if (device == nullptr) return std::memcmp(run.memory, from, static_cast<std::size_t>(run.bytes)) == 0;
+    DeviceLane& lane = *hands.reach(device).lane;
+    std::byte* const back = lane.buffer(0, static_cast<std::size_t>(run.bytes)).data();
+    lane.copy(back, static_cast<std::size_t>(run.bytes), run.memory, static_cast<std::size_t>(run.bytes), static_cast<std::size_t>(run.bytes), 1);
+    lane.finish();
+    return std::memcmp(back, from, static_cast<std::size_t>(run.bytes)) == 0;
   }
 
   // ---- what is decoded
@@ -300,7 +409,8 @@ class Reader {
       }
   }
 
-  void read_tile(Tile const& tile, AlignedBuffer& gaps, Bytes& scratch) {
+  void read_tile(Tile const& tile, Hands& hands) {
+    Bytes& scratch = hands.scratch;
     Decode const& decode = decodes_[tile.decode];
     CatalogTensor const& tensor = *decode.tensor;
     Encoding const& encoding = *tensor.encoding;
@@ -337,18 +447,35 @@ class Reader {
             if (part.shape.rank() > 0) throw Error{ErrorCode::incomplete, part.name + ": nothing is stored for " + to_string(hole)};
           });
     });
-    if (gaps.size() == 0) gaps = AlignedBuffer{static_cast<std::size_t>(budget_.buffer_bytes + slack)};
+    AlignedBuffer& gaps = own_buffer(hands);
     for (auto& [f, list] : runs) {
       std::sort(list.begin(), list.end(), [](Run const& a, Run const& b) { return a.at < b.at; });
       read_straight(f, opened_.catalog.files[f].size, list, gaps);
     }
     std::int64_t at = 0;
     for (int d = 0; d < tile.box.rank(); ++d) at += (tile.box.origin[d] - decode.held.origin[d]) * decode.memory.strides[d];
+    if (decode.device != nullptr) return decode_to_device(tile, given, hands);
     try {
       encoding.decode(tile.box, given, decode.memory_dtype, {decode.memory.data + static_cast<std::ptrdiff_t>(bytes_of(decode.memory_dtype, at)), decode.memory.strides});
     } catch (Error& error) {
       throw error.with_path(opened_.directory);
     }
+  }
+
+  // As it is decoded it is dense in pinned memory, from where it is copied on.
+  void decode_to_device(Tile const& tile, std::vector<PartBytes> const& given, Hands& hands) {
+    Decode const& decode = decodes_[tile.decode];
+    auto& reach = hands.reach(decode.device);
+    ByteSpan const dense = reach.lane->buffer(reach.which, static_cast<std::size_t>(bytes_of(decode.memory_dtype, tile.box.shape.elements())));
+    reach.which = 1 - reach.which;
+    try {
+      decode.tensor->encoding->decode(tile.box, given, decode.memory_dtype, {dense.data(), row_major_strides(tile.box.shape)});
+    } catch (Error& error) {
+      throw error.with_path(opened_.directory);
+    }
+    reach.lane->finish();   // what is copied from the other buffer
+    Transfer const transfer = make_transfer(decode.memory_dtype, decode.memory_dtype, tile.box, decode.held, decode.memory, tile.box, 0);
+    copy_elements(*reach.lane, false, transfer.memory_dtype, transfer.shape, transfer.memory, 0, transfer.end, dense.data());
   }
 
   // Every chunk that `runs` touch, read and compared, unless some thread has done so before.

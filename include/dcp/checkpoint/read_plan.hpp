@@ -4,6 +4,7 @@
 
 #include <dcp/base/config.hpp>
 #include <dcp/base/crc32.hpp>
+#include <dcp/checkpoint/devices.hpp>
 #include <dcp/core/name_map.hpp>
 #include <dcp/media/medium.hpp>
 #include <dcp/plan/catalog.hpp>
@@ -11,6 +12,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -23,6 +25,7 @@ struct ReadPurpose {
   bool counts = true;      // false where two entries read one stored tensor: its bytes can be added up for one of them only
   bool compare = false;    // a piece stored twice: compared with what memory holds, not written to it
   std::optional<std::uint32_t> crc32{};   // of all its bytes, where they are a record whose CRC-32 is known
+  std::shared_ptr<DeviceHere const> device{};   // whose memory it goes to, if not the host's
 };
 /// A record with a CRC-32 that no transfer has all bytes of as they are.
 struct SummedRecord {
@@ -61,6 +64,7 @@ struct Decode {
   DType memory_dtype;
   MemoryView memory;       // of the box's first element
   bool counts;             // as of a ReadPurpose
+  std::shared_ptr<DeviceHere const> device{};
 };
 
 struct ReadPlan {
@@ -120,7 +124,7 @@ std::int64_t elements_of_tile(Encoding const& encoding, Box const& held, std::ui
 /// The transfers that fill `held` of a tensor from its stored pieces, or what decodes it. Where pieces overlap, the first fills and the others are compared;
 /// `all`: so are those that are stored twice, and everything is verified.
 template <class = Deferred>
-void plan_reads(CatalogTensor const& stored, DType memory_dtype, Box const& held, MemoryView const& memory, bool counts, bool all, ReadPlan& plan) {
+void plan_reads(CatalogTensor const& stored, DType memory_dtype, Box const& held, MemoryView const& memory, bool counts, bool all, ReadPlan& plan, std::shared_ptr<DeviceHere const> const& device = nullptr) {
   // In the order of dimensions in which the piece is stored.
   auto const add_in_order = [&](StoredPiece const& piece, Box const& array, Box const& part, Box const& held_there, MemoryView const& memory_there, bool compare) {
     if (!on_byte_boundaries(stored.dtype, part, array))
@@ -130,15 +134,15 @@ void plan_reads(CatalogTensor const& stored, DType memory_dtype, Box const& held
       Box inside = part;
       std::int64_t at = 0;
       for (int d = 0; d < part.rank(); ++d) inside.origin[d] -= array.origin[d], at += (part.origin[d] - held_there.origin[d]) * memory_there.strides[d];
-      plan.decodes.push_back({piece.decoded.get(), inside, memory_dtype, {memory_there.data + static_cast<std::ptrdiff_t>(bytes_of(memory_dtype, at)), memory_there.strides}, counts});
+      plan.decodes.push_back({piece.decoded.get(), inside, memory_dtype, {memory_there.data + static_cast<std::ptrdiff_t>(bytes_of(memory_dtype, at)), memory_there.strides}, counts, device});
       if (all && piece.crc32) plan.records.push_back(record_of(stored.dtype, piece));
       return;
     }
     Transfer transfer = make_transfer(stored.dtype, memory_dtype, part, held_there, memory_there, array, piece.offset);
     transfer.file = piece.file;
-    bool const whole = piece.crc32 && !compare && stored.dtype == memory_dtype && part == array;
+    bool const whole = piece.crc32 && !compare && device == nullptr && stored.dtype == memory_dtype && part == array;
     plan.transfers.push_back(transfer);
-    plan.purposes.push_back({counts, compare, whole ? piece.crc32 : std::nullopt});
+    plan.purposes.push_back({counts, compare, whole ? piece.crc32 : std::nullopt, device});
     if (all && piece.crc32 && !whole) plan.records.push_back(record_of(stored.dtype, piece));
   };
   auto const add = [&](StoredPiece const& piece, Box const& part, bool compare) {
@@ -147,7 +151,7 @@ void plan_reads(CatalogTensor const& stored, DType memory_dtype, Box const& held
     add_in_order(piece, piece.inside->array, permuted(part, order), permuted(held, order), {memory.data, permuted(memory.strides, order)}, compare);
   };
   if (held.empty()) return;
-  if (stored.encoding != nullptr) return plan.decodes.push_back({&stored, held, memory_dtype, memory, counts});
+  if (stored.encoding != nullptr) return plan.decodes.push_back({&stored, held, memory_dtype, memory, counts, device});
   if (all) {
     Box part;
     for (auto const& copy : stored.copies)

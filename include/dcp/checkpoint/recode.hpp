@@ -60,7 +60,13 @@ void prepare_recoding(CommRef comm, Recoding const& recoding, AgreedState const&
         hold(t, [&](Box const& box, MemoryView const& memory) { held.push_back({box, memory}); });
         if (agreed.local_tensors[t] != nullptr) source = agreed.local_tensors[t]->tensor->source;
       }
+      std::uint32_t const first = agreed.arrangement ? (agreed.arrangement->from[tensor].from.empty() ? 0 : agreed.arrangement->from[tensor].from[0].tensor) : tensor;
       Quantizer& here = *quantizer;
+      if (auto device = agreed.devices.of(first)) {   // as are all that one tensor is made of
+        std::vector<DeviceTensor<>::Held> on_device;
+        for (auto const& [box, memory] : held) on_device.push_back({box, memory});
+        source = std::make_shared<DeviceTensor<>>(std::move(device), here.elements().dtype(), std::move(on_device));
+      }
       here.elements().hold(std::move(held), std::move(source));
       here.begin();
       for (auto& box : here.units()) {

@@ -17,6 +17,7 @@ namespace dcp {
 struct ReshardOptions {
   OnMissing on_missing = OnMissing::error;              // `to` wants what `from` lacks
   OnUnexpected on_unexpected = OnUnexpected::error;     // `from` holds what `to` lacks
+  std::vector<DeviceStream> on = {};                    // the program's streams, of each device that has tensors: dcp::on(stream). What is in them comes first
   std::uint64_t memory_bytes = default_memory_bytes;    // of messages on this rank, at least 16 MiB
 };
 
@@ -29,6 +30,7 @@ struct OutgoingPart {
   Box part;
   Transfer transfer;      // from memory to a dense array of the part
   std::int64_t sent = 0;  // elements
+  std::shared_ptr<DeviceHere const> device{};   // whose memory it is
 };
 
 /// The rank that sends a cell of `from` to rank `to`: itself if it holds the cell, else one of the replicas, by turns.
@@ -65,8 +67,13 @@ Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, R
     check_resources(options.memory_bytes, 1);
     refuse_shared_memory(from, to, comm.rank());
   });
-  AgreedState const source = agree_state(comm, "reshard: agree", from, report.options, true);
-  AgreedState const target = agree_state(comm, "reshard: agree", to, report.options, false);
+  AgreedState source = agree_state(comm, "reshard: agree", from, report.options, true);
+  AgreedState target = agree_state(comm, "reshard: agree", to, report.options, false);
+  agree(comm, "reshard: agree", [&] {
+    source.devices = DevicesOfState::of(source.local_tensors, options.on);
+    target.devices = DevicesOfState::of(target.local_tensors, options.on);
+    source.devices.warn(report.warnings);
+  });
 
   watch.enter("plan");
   // The source as a catalog: what is there, without saying where.
@@ -121,7 +128,7 @@ Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, R
         if (held.empty() || there.empty() || !intersect(held.box, there.box, part) || sender_of(lies, *here, rank) != comm.rank()) continue;
         for_each_held_box(held, wanted.dtype, source.local_tensors[s]->tensor->memory, [&](Box const& box, MemoryView const& memory) {
           for_each_held_box(there, wanted.dtype, memory, [&](Box const& other, MemoryView const&) {
-            if (intersect(box, other, part)) outgoing.push_back({t, static_cast<int>(rank), part, make_transfer(wanted.dtype, wanted.dtype, part, box, memory, part, 0), 0});
+            if (intersect(box, other, part)) outgoing.push_back({t, static_cast<int>(rank), part, make_transfer(wanted.dtype, wanted.dtype, part, box, memory, part, 0), 0, source.devices.of(s)});
           });
         });
       }
@@ -144,7 +151,7 @@ Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, R
         if (message.size() < per_pair) {
           std::int64_t const room = std::max<std::int64_t>(1, static_cast<std::int64_t>((per_pair - message.size()) * 8 / static_cast<std::uint64_t>(bits_of(part.transfer.dtype))));
           std::int64_t const end = std::min(elements, part.sent + room);
-          pack(part.transfer, part.sent, end, bytes);
+          pack(part.device, part.transfer, part.sent, end, bytes);
           message.number(part.tensor).number(part.sent).number(end);
           for (int d = 0; d < part.part.rank(); ++d) message.number(part.part.origin[d]).number(part.part.shape[d]);
           message.block(bytes);
@@ -172,7 +179,7 @@ Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, R
           for_each_held_box(held_part(entry.layout, comm.rank()), entry.dtype, entry.memory, [&](Box const& held, MemoryView const& memory) {
             Box common;
             if (!intersect(held, part, common)) return;
-            unpack(make_transfer(entry.dtype, entry.dtype, part, held, memory, part, 0), begin, end, bytes);
+            unpack(target.devices.of(t), make_transfer(entry.dtype, entry.dtype, part, held, memory, part, 0), begin, end, bytes);
           });
         }
     });
@@ -188,7 +195,7 @@ Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, R
     }
     for (std::size_t t = 0; t < target.tensors.size(); ++t)
       if (comparison.tensors[t].how == WantedTensor::How::zero && target.local_tensors[t] != nullptr)
-        fill_with_zeros(*target.local_tensors[t]->tensor, comm.rank());
+        fill_with_zeros(*target.local_tensors[t]->tensor, comm.rank(), target.devices.of(t));
     auto const sources = entries_by_name(from);
     for (std::size_t v = 0; v < target.values.size(); ++v) {
       StateEntry const* local = target.local_values[v];

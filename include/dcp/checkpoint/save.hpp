@@ -75,6 +75,15 @@ void compare_replicas(CommRef comm, AgreedState const& state) {
       std::uint64_t raw = 0;
       for_each_held_box(*held, tensor.dtype, state.local_tensors[t]->tensor->memory, [&](Box const& box, MemoryView const& memory) {
         Transfer const transfer = make_transfer(tensor.dtype, tensor.dtype, box, box, memory, box, 0);
+        if (auto const device = state.devices.of(t)) {
+          constexpr std::int64_t piece = 1 << 20;
+          Bytes bytes;
+          for (std::int64_t at = 0; at < transfer.end; at += piece) {
+            pack(device, transfer, at, std::min(transfer.end, at + piece), bytes);
+            raw = crc64_raw(bytes, raw);
+          }
+          return;
+        }
         transfer.for_each_run(0, transfer.end, [&](std::uint64_t, std::byte const* run, std::size_t bytes) { raw = crc64_raw({run, bytes}, raw); });
       });
       mine[t] = raw ^ 1;
@@ -231,6 +240,9 @@ std::vector<Transfer> transfers_to_save(AgreedState const& state, Shares const& 
         transfers.back().file = stored.file;
         if (source) {
           sources.push_back(std::make_unique<BoxSource<>>(source, tensor.dtype, part));
+          transfers.back().source = sources.back().get();
+        } else if (auto device = state.devices.of(t)) {
+          sources.push_back(std::make_unique<DeviceSource<>>(std::move(device), transfers.back()));
           transfers.back().source = sources.back().get();
         }
         return &transfers.back();
@@ -455,7 +467,10 @@ std::shared_ptr<PlannedSave> agree_and_plan(CommRef comm, AnyStorage const& stor
     if (settings.writers_per_file < 1) throw Error{ErrorCode::invalid_argument, "writers_per_file is " + std::to_string(settings.writers_per_file)};
   });
   planned->agreed = agree_state(comm, "save: agree", state, planned->options + " place=" + place.path, true);
-  agree(comm, "save: names", [&] { map_names(planned->agreed, settings.names); });
+  agree(comm, "save: names", [&] {
+    map_names(planned->agreed, settings.names);
+    planned->agreed.devices = DevicesOfState::of(planned->agreed.local_tensors, settings.on);
+  });
   if (settings.check == Check::contents) compare_replicas(comm, planned->agreed);
 
   watch.enter("plan");
@@ -484,6 +499,7 @@ void describe_saved(PlannedSave const& planned, Report& report) {
   report.values = planned.agreed.values.size();
   for (auto const& tensor : planned.agreed.tensors) report.tensor_bytes += bytes_of(tensor.dtype, tensor.layout.shape.elements());
   report.options = planned.options;
+  planned.agreed.devices.warn(report.warnings);
 }
 
 template <class = Deferred>

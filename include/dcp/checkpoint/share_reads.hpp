@@ -99,7 +99,7 @@ void share_reads(CommRef comm, AgreedState const& agreed, Comparison const& comp
         Part& part = parts[next];
         std::int64_t const room = std::max<std::int64_t>(1, static_cast<std::int64_t>((round_bytes - filled) * 8 / static_cast<std::uint64_t>(bits_of(part.transfer.dtype))));
         std::int64_t const end = std::min(part.end, part.begin + room);
-        pack(part.transfer, part.begin, end, bytes);
+        pack(agreed.devices.of(part.tensor), part.transfer, part.begin, end, bytes);
         for (int const other : part.others) messages[other].number(part.tensor).number(part.begin).number(end).block(bytes);
         watch.here().bytes += bytes.size() * part.others.size();
         filled += bytes.size();
@@ -117,7 +117,7 @@ void share_reads(CommRef comm, AgreedState const& agreed, Comparison const& comp
           auto const bytes = in.block();
           if (!in.ok() || t >= agreed.tensors.size() || agreed.local_tensors[t] == nullptr) throw Error{ErrorCode::unknown, "a message with data from rank " + std::to_string(message.rank) + " is damaged"};
           auto const held = held_by(agreed.tensors[t].layout, comm.rank());
-          unpack(whole(t, held.value()), begin, end, bytes);
+          unpack(agreed.devices.of(t), whole(t, held.value()), begin, end, bytes);
         }
     });
     if (all_reduce_max(comm, next < parts.size() ? 1 : 0) == 0) return;

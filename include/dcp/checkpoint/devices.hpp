@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// Tensors in the memory of devices: which of a state's are, after what in the program's streams they may be touched, and how their bytes come to the host and back.
+
+#include <dcp/base/config.hpp>
+#include <dcp/base/problems.hpp>
+#include <dcp/base/threading.hpp>
+#include <dcp/core/state_dict.hpp>
+#include <dcp/device/driver.hpp>
+#include <dcp/plan/transfer.hpp>
+
+#include <algorithm>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace dcp::detail {
+
+/// One device, and the point in the program's stream there that everything comes after.
+class DeviceHere {
+ public:
+  DeviceHere(std::shared_ptr<DeviceDriver> driver, int ordinal) : driver_{std::move(driver)}, ordinal_{ordinal} {}
+  bool is(DeviceDriver const* driver, int ordinal) const { return driver_.get() == driver && ordinal_ == ordinal; }
+
+  /// The point becomes that where `stream` is now.
+  template <class = Deferred>
+  void record(void* stream) {
+    auto event = driver_->record(ordinal_, stream);
+    std::lock_guard const lock{mutex_};
+    ready_ = std::move(event);
+  }
+  /// A lane whose copies come after the program's work.
+  template <class = Deferred>
+  std::shared_ptr<DeviceLane> lane() const {
+    auto lane = driver_->lane(ordinal_);
+    lane->after(*ready());
+    return lane;
+  }
+  /// Until the program's work is done.
+  template <class = Deferred>
+  void wait() const {
+    constexpr std::chrono::minutes most{10};
+    auto const event = ready();
+    auto const begin = SteadyClock::now();
+    while (!event->done()) {
+      auto const waited = SteadyClock::now() - begin;
+      if (waited > most) throw Error{ErrorCode::timeout, std::string{driver_->name()} + " device " + std::to_string(ordinal_) + ": what is in the program's stream has not ended after 10 minutes"};
+      this_thread::sleep_for(std::clamp<std::chrono::nanoseconds>(waited / 8, std::chrono::microseconds{5}, std::chrono::milliseconds{2}));
+    }
+  }
+  std::uint64_t unpinned_bytes() const { return driver_->unpinned_bytes(); }
+
+ private:
+  std::shared_ptr<DeviceEvent> ready() const {
+    std::lock_guard const lock{mutex_};
+    return ready_;
+  }
+  std::shared_ptr<DeviceDriver> driver_;
+  int ordinal_;
+  mutable Mutex mutex_;   // a plan that is used again is told of a new point while copies of the last save may be under way
+  std::shared_ptr<DeviceEvent> ready_;
+};
+
+/// Copies elements [first, first + count) of a box, in row-major order, between memory of the device (its first element and strides) and dense memory of the host.
+/// Only puts the copies into the lane. Elements have whole bytes.
+template <class = Deferred>
+void copy_elements(DeviceLane& lane, bool to_host, DType dtype, Extents const& shape, MemoryView const& device, std::int64_t first, std::int64_t count, std::byte* host) {
+  auto const width = static_cast<std::size_t>(bits_of(dtype)) / 8;
+  for_each_box(Box::whole(shape), first, first + count, [&](Box const& box, std::int64_t at) {
+    std::byte* const begin = host + static_cast<std::size_t>(at - first) * width;
+    // The innermost dimensions that lie side by side are one run, the next one is rows of such runs.
+    int inner = box.rank();
+    std::int64_t run = 1;
+    while (inner > 0 && (box.shape[inner - 1] == 1 || device.strides[inner - 1] == run)) run *= box.shape[--inner];
+    std::int64_t const rows = inner > 0 ? box.shape[inner - 1] : 1, pitch = inner > 0 ? device.strides[inner - 1] : run;
+    int const outer = std::max(0, inner - 1);
+    std::size_t done = 0;
+    for_each_index(box, outer, [&](Extents const& index) {
+      std::int64_t offset = 0;
+      for (int d = 0; d < box.rank(); ++d) offset += (d < outer ? index[d] : box.origin[d]) * device.strides[d];
+      std::byte* const there = device.data + offset * static_cast<std::int64_t>(width);
+      std::byte* const here = begin + done;
+      auto const bytes = static_cast<std::size_t>(run) * width, step = static_cast<std::size_t>(pitch) * width;
+      // A stride of 0 or backwards is no pitch.
+      if (rows > 1 && (pitch < run)) {
+        for (std::int64_t r = 0; r < rows; ++r) {
+          std::byte* const row = there + r * pitch * static_cast<std::int64_t>(width);
+          to_host ? lane.copy(here + static_cast<std::size_t>(r) * bytes, bytes, row, bytes, bytes, 1) : lane.copy(row, bytes, here + static_cast<std::size_t>(r) * bytes, bytes, bytes, 1);
+        }
+      } else {
+        to_host ? lane.copy(here, bytes, there, step, bytes, static_cast<std::size_t>(rows)) : lane.copy(there, step, here, bytes, bytes, static_cast<std::size_t>(rows));
+      }
+      done += bytes * static_cast<std::size_t>(rows);
+    });
+  });
+}
+
+/// The elements of a transfer whose memory is a device's.
+template <class = Deferred>
+class DeviceSource final : public ElementSource {
+ public:
+  DeviceSource(std::shared_ptr<DeviceHere const> device, Transfer const& transfer) : device_{std::move(device)}, dtype_{transfer.memory_dtype}, shape_{transfer.shape}, memory_{transfer.memory} {}
+  void produce(std::int64_t first, std::int64_t count, std::byte* out) const override {
+    // By pinned memory in two halves: one is copied on while the other one is filled.
+    auto const lane = device_->lane();
+    std::int64_t const width = bits_of(dtype_) / 8, each = std::max<std::int64_t>(1, buffer_bytes / width);
+    std::int64_t waiting = 0;
+    std::byte* waits_for = nullptr;
+    ByteSpan from;
+    int which = 0;
+    for (std::int64_t at = first; at < first + count || waiting > 0;) {
+      lane->finish();
+      std::int64_t const ready = waiting;
+      std::byte* const to = waits_for;
+      ByteSpan const bytes = from;
+      waiting = 0;
+      if (at < first + count) {
+        waiting = std::min(each, first + count - at);
+        from = lane->buffer(which, static_cast<std::size_t>(std::min(each, count) * width));
+        which = 1 - which;
+        waits_for = out + (at - first) * width;
+        copy_elements(*lane, true, dtype_, shape_, memory_, at, waiting, from.data());
+        at += waiting;
+      }
+      if (ready > 0) std::memcpy(to, bytes.data(), static_cast<std::size_t>(ready * width));
+    }
+  }
+
+ private:
+  static constexpr std::int64_t buffer_bytes = 1 << 20;
+  std::shared_ptr<DeviceHere const> device_;
+  DType dtype_;
+  Extents shape_;
+  MemoryView memory_;   // of the first element
+};
+
+/// A tensor whose memory is a device's, read box by box: of what a rank holds of it, each box with the memory of its first element.
+template <class = Deferred>
+class DeviceTensor final : public TensorSource {
+ public:
+  struct Held {
+    Box box;
+    MemoryView memory;
+  };
+  DeviceTensor(std::shared_ptr<DeviceHere const> device, DType dtype, std::vector<Held> held) : device_{std::move(device)}, dtype_{dtype}, held_{std::move(held)} {}
+  void read(Box const& box, std::byte* out) const override {
+    for (auto const& held : held_) {
+      Box part;
+      if (!intersect(box, held.box, part)) continue;
+      if (part == box) return DeviceSource<>{device_, make_transfer(dtype_, dtype_, box, held.box, held.memory, box, 0)}.produce(0, box.shape.elements(), out);
+      Bytes bytes(static_cast<std::size_t>(bytes_of(dtype_, static_cast<std::int64_t>(part.size()))));
+      DeviceSource<>{device_, make_transfer(dtype_, dtype_, part, held.box, held.memory, part, 0)}.produce(0, part.shape.elements(), bytes.data());
+      Transfer const there = make_transfer(dtype_, dtype_, part, part, {bytes.data(), row_major_strides(part.shape)}, box, 0);
+      there.for_each_run(0, there.end, [&](std::uint64_t at, std::byte const* run, std::size_t size) { std::memcpy(out + at, run, size); });
+    }
+  }
+
+ private:
+  std::shared_ptr<DeviceHere const> device_;
+  DType dtype_;
+  std::vector<Held> held_;
+};
+
+/// Elements [begin, end) of a transfer whose box is dense in its "file" at 0: dcp::pack and dcp::unpack, of whatever memory.
+template <class = Deferred>
+void pack(std::shared_ptr<DeviceHere const> const& device, Transfer const& transfer, std::int64_t begin, std::int64_t end, Bytes& out) {
+  if (device == nullptr) return dcp::pack(transfer, begin, end, out);
+  out.resize(static_cast<std::size_t>(bytes_of(transfer.dtype, end - begin)));
+  DeviceSource<>{device, transfer}.produce(begin, end - begin, out.data());
+}
+template <class = Deferred>
+void unpack(std::shared_ptr<DeviceHere const> const& device, Transfer const& transfer, std::int64_t begin, std::int64_t end, ConstByteSpan bytes) {
+  if (device == nullptr) return dcp::unpack(transfer, begin, end, bytes);
+  auto const lane = device->lane();
+  constexpr std::int64_t buffer_bytes = 1 << 20;
+  std::int64_t const width = bits_of(transfer.memory_dtype) / 8, each = std::max<std::int64_t>(1, buffer_bytes / width);
+  int which = 0;
+  for (std::int64_t at = begin; at < end; at += each, which = 1 - which) {
+    std::int64_t const count = std::min(each, end - at);
+    ByteSpan const buffer = lane->buffer(which, static_cast<std::size_t>(std::min(each, end - begin) * width));
+    std::memcpy(buffer.data(), bytes.data() + (at - begin) * width, static_cast<std::size_t>(count * width));
+    lane->finish();   // what is copied from the other buffer, which is next
+    copy_elements(*lane, false, transfer.memory_dtype, transfer.shape, transfer.memory, at, count, buffer.data());
+  }
+  lane->finish();
+}
+
+/// Where the tensors of a state are on this rank.
+class DevicesOfState {
+ public:
+  DevicesOfState() = default;
+  /// Records where the program's streams are now. `entries`: of the state's tensors, nullptr where this rank has none. `streams`: at most one of each device.
+  ///
+  /// Throws    Error(invalid_argument) for memory of a device of which no stream is given: nobody could say when it may be touched; what the driver throws
+  template <class = Deferred>
+  static DevicesOfState of(std::vector<StateEntry const*> const& entries, std::vector<DeviceStream> const& streams) {
+    DevicesOfState result;
+    auto const drivers = DeviceDrivers<>::instance().all();
+    if (drivers.empty()) return result;
+    for (auto const& stream : streams) result.devices_.push_back(std::make_shared<DeviceHere>(stream.driver, stream.ordinal));
+    result.record(streams);
+    Problems problems;
+    for (std::size_t t = 0; t < entries.size(); ++t) {
+      StateEntry const* const entry = entries[t];
+      if (entry == nullptr || entry->tensor->source || entry->tensor->memory.data == nullptr) continue;
+      for (auto const& driver : drivers) {
+        MemoryPlace const place = driver->where(entry->tensor->memory.data);
+        if (place.kind == MemoryKind::host) continue;
+        if (place.kind != MemoryKind::device) {
+          result.in_place_ = true;
+          break;
+        }
+        auto const device = std::find_if(result.devices_.begin(), result.devices_.end(), [&](auto const& known) { return known->is(driver.get(), place.ordinal); });
+        if (device == result.devices_.end()) {
+          problems.add(ErrorCode::invalid_argument, entry->name + ": its memory is on " + std::string{driver->name()} + " device " + std::to_string(place.ordinal) + ", and no stream of that device was given");
+          problems.hint("options.on = {dcp::on(stream)}: what the library does comes after what is in the stream then");
+        } else {
+          if (result.of_.empty()) result.of_.resize(entries.size());
+          result.of_[t] = *device;
+        }
+        break;
+      }
+    }
+    problems.raise();
+    result.wait_in_place();
+    return result;
+  }
+  /// The same state once more: what comes next comes after what is in the streams now.
+  template <class = Deferred>
+  void record_again(std::vector<DeviceStream> const& streams) {
+    record(streams);
+    wait_in_place();
+  }
+
+  /// The device that tensor `t` is on; nullptr: its memory is the host's.
+  std::shared_ptr<DeviceHere const> of(std::size_t t) const { return of_.empty() ? nullptr : of_[t]; }
+  bool any() const { return !of_.empty(); }
+  /// What a report has to say.
+  template <class = Deferred>
+  void warn(std::vector<std::string>& warnings) const {
+    for (auto const& device : devices_)
+      if (any() && device->unpinned_bytes() > 0) return warnings.push_back(std::to_string(device->unpinned_bytes()) + " bytes of staging memory could not be pinned: copies to and from devices are slower");
+  }
+
+ private:
+  template <class = Deferred>
+  void record(std::vector<DeviceStream> const& streams) {
+    for (auto const& device : devices_) {
+      auto const stream = std::find_if(streams.begin(), streams.end(), [&](DeviceStream const& one) { return device->is(one.driver.get(), one.ordinal); });
+      if (stream == streams.end()) throw Error{ErrorCode::invalid_argument, "an earlier save of this state was given a stream of a device, and this one is not"};
+      device->record(stream->stream);
+    }
+  }
+  // What devices and the host both touch in place: the host waits, once.
+  template <class = Deferred>
+  void wait_in_place() const {
+    if (in_place_)
+      for (auto const& device : devices_) device->wait();
+  }
+
+  std::vector<std::shared_ptr<DeviceHere>> devices_, of_;
+  bool in_place_ = false;   // tensors that the host reads and writes where devices do
+};
+
+}  // namespace dcp::detail
