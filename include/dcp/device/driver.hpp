@@ -46,6 +46,8 @@ class DeviceLane {
   virtual ~DeviceLane() = default;
   /// What is put into the lane from now on comes after the event.
   virtual void after(DeviceEvent const& event) = 0;
+  /// The end of what is in the lane at the moment.
+  virtual std::shared_ptr<DeviceEvent> mark() = 0;
   /// Puts a copy of `rows` rows of `bytes` bytes into the lane, either way between host and device: `to_pitch` and `from_pitch` bytes lie between the beginnings of
   /// rows. Memory on the host that is not pinned is copied before the call returns, or slowly.
   virtual void copy(std::byte* to, std::size_t to_pitch, std::byte const* from, std::size_t from_pitch, std::size_t bytes, std::size_t rows) = 0;

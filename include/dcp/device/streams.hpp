@@ -22,6 +22,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -108,6 +109,18 @@ class StreamDriver final : public DeviceDriver, public std::enable_shared_from_t
   void check(int status, std::string_view what) const {
     if (status != 0) [[unlikely]] fail(status, what);
   }
+  // Where nobody can do anything about a failure; the program is not told of it by a call of its own, either.
+  void ignore(int status) const {
+    if (status != 0) [[unlikely]] api_->forget_error();
+  }
+  // Whether the work before an event has been done.
+  bool ended(Event event, std::string_view what) const {
+    int const status = api_->query(event);
+    if (status == 0) return true;
+    if (!api_->is_not_ready(status)) fail(status, what);
+    api_->forget_error();   // toolkits remember this answer as an error
+    return false;
+  }
 
   // The device is current while this lives.
   class OnDevice {
@@ -120,7 +133,7 @@ class StreamDriver final : public DeviceDriver, public std::enable_shared_from_t
     OnDevice(OnDevice const&) = delete;
     OnDevice& operator=(OnDevice const&) = delete;
     ~OnDevice() {
-      if (before_ >= 0) static_cast<void>(driver_.api_->use(before_));
+      if (before_ >= 0) driver_.ignore(driver_.api_->use(before_));
     }
 
    private:
@@ -132,13 +145,8 @@ class StreamDriver final : public DeviceDriver, public std::enable_shared_from_t
     OwnedEvent(std::shared_ptr<StreamDriver const> of, int on) : driver{std::move(of)}, ordinal{on} { driver->check(driver->api_->create_event(event), "an event"); }
     OwnedEvent(OwnedEvent const&) = delete;
     OwnedEvent& operator=(OwnedEvent const&) = delete;
-    ~OwnedEvent() override { static_cast<void>(driver->api_->destroy_event(event)); }
-    bool done() const override {
-      int const status = driver->api_->query(event);
-      if (status == 0) return true;
-      if (!driver->api_->is_not_ready(status)) driver->fail(status, "the work before an event");
-      return false;
-    }
+    ~OwnedEvent() override { driver->ignore(driver->api_->destroy_event(event)); }
+    bool done() const override { return driver->ended(event, "the work before an event"); }
     std::shared_ptr<StreamDriver const> driver;
     int ordinal;
     Event event{};
@@ -150,50 +158,56 @@ class StreamDriver final : public DeviceDriver, public std::enable_shared_from_t
       OnDevice const here{driver_, ordinal};
       driver_.check(driver_.api_->create_stream(stream_), "a stream");
       if (int const status = driver_.api_->create_event(end_); status != 0) {
-        static_cast<void>(driver_.api_->destroy_stream(stream_));
+        driver_.ignore(driver_.api_->destroy_stream(stream_));
         driver_.fail(status, "an event");
       }
     }
     Lane(Lane const&) = delete;
     Lane& operator=(Lane const&) = delete;
-    /// A lane whose work is not known to have ended keeps all that the work may touch.
+    /// Only where its work has ended.
     ~Lane() override {
-      if (broken_ || busy_) return;
       try {
         OnDevice const here{driver_, ordinal};
         for (auto& buffer : buffers_) free(buffer);
-        static_cast<void>(driver_.api_->destroy_event(end_));
-        static_cast<void>(driver_.api_->destroy_stream(stream_));
+        driver_.ignore(driver_.api_->destroy_event(end_));
+        driver_.ignore(driver_.api_->destroy_stream(stream_));
       } catch (...) {
         // The device is gone; so is what was on it.
+        for (auto& buffer : buffers_)
+          if (!buffer.pinned) free(buffer);
       }
     }
 
     void after(DeviceEvent const& event) override {
       OnDevice const here{driver_, ordinal};
+      waits_ = true;   // whoever has the lane next would wait, too
       driver_.check(driver_.api_->wait(stream_, static_cast<OwnedEvent const&>(event).event), "to let a stream wait for an event");
+    }
+    std::shared_ptr<DeviceEvent> mark() override {
+      OnDevice const here{driver_, ordinal};
+      auto event = std::make_shared<OwnedEvent>(driver_.shared_from_this(), ordinal);
+      driver_.check(driver_.api_->record(event->event, stream_), "to record an event in a stream");
+      return event;
     }
     void copy(std::byte* to, std::size_t to_pitch, std::byte const* from, std::size_t from_pitch, std::size_t bytes, std::size_t rows) override {
       if (bytes == 0 || rows == 0) return;
       OnDevice const here{driver_, ordinal};
-      busy_ = true;
+      copies_ = true;
       bool const one = rows == 1 || (to_pitch == bytes && from_pitch == bytes);
       int const status = one ? driver_.api_->copy(to, from, bytes * rows, stream_) : driver_.api_->copy_rows(to, to_pitch, from, from_pitch, bytes, rows, stream_);
       if (status != 0) {
         broken_ = true;
-        driver_.fail(status, "a copy");
+        driver_.fail(status, "a copy");   // those before it may still run
       }
     }
     void finish() override {
-      if (!busy_) return;
+      if (ended()) return;
       try {
         OnDevice const here{driver_, ordinal};
         driver_.check(driver_.api_->record(end_, stream_), "to record an event in a stream");
         auto const begin = SteadyClock::now();
         for (int asked = 0;; ++asked) {
-          int const status = driver_.api_->query(end_);
-          if (status == 0) break;
-          if (!driver_.api_->is_not_ready(status)) driver_.fail(status, "copies");
+          if (driver_.ended(end_, "copies")) break;
           if (asked < 64) continue;
           auto const waited = SteadyClock::now() - begin;
           if (waited > driver_.deadline_) throw Error{ErrorCode::timeout, std::string{driver_.name()} + ": copies have not ended after " + std::to_string(driver_.deadline_.count()) + " ms; what they come after in the program's stream may not have, either"};
@@ -201,23 +215,23 @@ class StreamDriver final : public DeviceDriver, public std::enable_shared_from_t
           this_thread::sleep_for(std::clamp<std::chrono::nanoseconds>(waited / 8, std::chrono::microseconds{5}, std::chrono::milliseconds{2}));
         }
       } catch (...) {
-        broken_ = true;
+        broken_ = given_up_ = true;
         throw;
       }
-      busy_ = false;
+      copies_ = waits_ = false;
     }
     ByteSpan buffer(int which, std::size_t bytes) override {
       Buffer& buffer = buffers_[static_cast<std::size_t>(which)];
       if (buffer.size < bytes) {
-        finish();   // what is being copied from it
+        if (copies_) finish();   // what is being copied from it
         OnDevice const here{driver_, ordinal};
         free(buffer);
         void* memory = nullptr;
         buffer.pinned = driver_.api_->allocate_pinned(memory, bytes) == 0;
         if (!buffer.pinned) {
           driver_.api_->forget_error();
-          driver_.unpinned_ += bytes;
           memory = ::operator new(bytes, std::align_val_t{alignment});
+          driver_.unpinned_ += bytes;
         }
         buffer.memory = static_cast<std::byte*>(memory);
         buffer.size = bytes;
@@ -225,8 +239,11 @@ class StreamDriver final : public DeviceDriver, public std::enable_shared_from_t
       return {buffer.memory, bytes};
     }
 
-    bool reusable() const { return !broken_ && !busy_; }
+    bool ended() const { return !copies_ && !waits_; }
+    bool broken() const { return broken_; }
+    bool given_up() const { return given_up_; }
     int const ordinal;
+    Lane* kept_before = nullptr;
 
    private:
     static constexpr std::size_t alignment = 4096;
@@ -237,7 +254,7 @@ class StreamDriver final : public DeviceDriver, public std::enable_shared_from_t
     };
     void free(Buffer& buffer) {
       if (buffer.memory == nullptr) return;
-      if (buffer.pinned) static_cast<void>(driver_.api_->free_pinned(buffer.memory));
+      if (buffer.pinned) driver_.ignore(driver_.api_->free_pinned(buffer.memory));
       else ::operator delete(buffer.memory, std::align_val_t{alignment});
       buffer = {};
     }
@@ -246,20 +263,27 @@ class StreamDriver final : public DeviceDriver, public std::enable_shared_from_t
     Stream stream_{};
     Event end_{};
     std::array<Buffer, 2> buffers_;
-    bool busy_ = false, broken_ = false;
+    bool copies_ = false, waits_ = false;   // that are not known to have ended
+    bool broken_ = false, given_up_ = false;
   };
 
   void give_back(std::unique_ptr<Lane> lane) {
-    if (!lane->reusable()) {
-      try {
-        lane->finish();   // its user has failed in between
-      } catch (...) {
-      }
+    try {
+      if (!lane->given_up()) lane->finish();   // its user may have failed in between
+    } catch (...) {
     }
-    if (!lane->reusable()) return static_cast<void>(lane.release());   // its work may still run: what that touches stays for ever
-    std::lock_guard const lock{mutex_};
-    free_.push_back(std::move(lane));
+    if (!lane->ended()) return keep(lane.release());
+    if (lane->broken()) return;
+    try {
+      std::lock_guard const lock{mutex_};
+      free_.push_back(std::move(lane));
+    } catch (std::bad_alloc const&) {
+      // Then the next user makes one.
+    }
   }
+  // The work may still run: what that touches stays for ever, and whoever looks for leaks finds it here.
+  static void keep(Lane* lane) { lane->kept_before = kept_.exchange(lane); }
+  inline static Atomic<Lane*> kept_{nullptr};
 
   std::shared_ptr<Api> api_;
   std::chrono::milliseconds deadline_;
