@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The optional dependencies, one table for the build and for the installed package. A component is a header of its own, never included
 # by another one, and target dcp::<component>. To add one: a name in the list, and its rows.
-set(dcp_components mpi eigen uring s3)
+set(dcp_components mpi eigen uring s3 cuda)
 set(dcp_find_modules ${CMAKE_CURRENT_LIST_DIR})   # of packages that bring none
 
 set(dcp_mpi_headers comm/mpi.hpp comm/mpi_gossip.hpp)
@@ -27,6 +27,20 @@ set(dcp_s3_package CURL)
 set(dcp_s3_arguments "")
 set(dcp_s3_target CURL::libcurl)
 set(dcp_s3_debian libcurl4-openssl-dev)
+
+set(dcp_cuda_headers device/cuda.hpp)
+set(dcp_cuda_package CUDAToolkit)
+set(dcp_cuda_arguments "")
+set(dcp_cuda_target CUDA::cudart)
+set(dcp_cuda_libraries ${CMAKE_DL_LIBS})   # beside the target; nothing from glibc 2.34 on
+set(dcp_cuda_debian nvidia-cuda-toolkit)
+
+# Not in the list above yet: its header is still to come.
+set(dcp_nccl_headers comm/nccl.hpp)
+set(dcp_nccl_package NCCL)
+set(dcp_nccl_arguments "")
+set(dcp_nccl_target NCCL::nccl)   # brings CUDA::cudart
+set(dcp_nccl_debian libnccl-dev)
 
 # Looks for the dependency of a component: dcp_<component>_FOUND, and in words dcp_<component>_reason if it is not there.
 # A macro, because find_package also sets variables that the caller's project uses (MPIEXEC_EXECUTABLE).

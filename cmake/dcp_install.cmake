@@ -34,7 +34,10 @@ configure_package_config_file(cmake/dcpConfig.cmake.in ${PROJECT_BINARY_DIR}/dcp
 # Before 1.0 a minor version may change the interface.
 write_basic_package_version_file(${PROJECT_BINARY_DIR}/dcpConfigVersion.cmake COMPATIBILITY SameMinorVersion ARCH_INDEPENDENT)
 configure_file(cmake/dcp_components.cmake ${PROJECT_BINARY_DIR}/dcp_components.cmake COPYONLY)
-configure_file(cmake/Findliburing.cmake ${PROJECT_BINARY_DIR}/Findliburing.cmake COPYONLY)
-install(FILES ${PROJECT_BINARY_DIR}/dcpConfig.cmake ${PROJECT_BINARY_DIR}/dcpConfigVersion.cmake cmake/dcp_components.cmake cmake/Findliburing.cmake
+foreach(name IN ITEMS Findliburing.cmake FindNCCL.cmake)
+  configure_file(cmake/${name} ${PROJECT_BINARY_DIR}/${name} COPYONLY)
+  install(FILES cmake/${name} DESTINATION ${dcp_package_dir})
+endforeach()
+install(FILES ${PROJECT_BINARY_DIR}/dcpConfig.cmake ${PROJECT_BINARY_DIR}/dcpConfigVersion.cmake cmake/dcp_components.cmake
         DESTINATION ${dcp_package_dir})
 install(FILES LICENSE DESTINATION ${CMAKE_INSTALL_DOCDIR})

@@ -12,6 +12,12 @@
 #ifdef WITH_S3
 #include <dcp/media/object_store.hpp>
 #endif
+#ifdef WITH_CUDA
+#include <dcp/device/cuda.hpp>
+#endif
+#ifdef WITH_NCCL
+#include <dcp/comm/nccl.hpp>
+#endif
 #ifdef WITH_SAVER
 #include <unistd.h>
 #endif
@@ -30,6 +36,19 @@ int main() {
 #endif
 #ifdef WITH_SAVER
   if (::access(DCP_SAVER_PROGRAM, X_OK) != 0) return 5;
+#endif
+#ifdef WITH_CUDA
+  int on_the_host = 0;
+  if (dcp::detail::cuda_driver()->where(&on_the_host).kind != dcp::MemoryKind::host) return 6;   // linked; whether there is a device is the machine's affair
+  try {
+    static_cast<void>(dcp::on(nullptr));
+  } catch (dcp::Error const& error) {
+    if (error.code() != dcp::ErrorCode::device) return 6;
+  }
+#endif
+#ifdef WITH_NCCL
+  int version = 0;
+  if (ncclGetVersion(&version) != ncclSuccess || version / 10'000 < 2) return 7;
 #endif
 #ifdef WITH_S3
   try {

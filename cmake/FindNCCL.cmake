@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+# NCCL, which installs no CMake package: target NCCL::nccl with the CUDA runtime that it needs, NCCL_FOUND and NCCL_VERSION.
+# Where it lies: NCCL_ROOT or NCCL_HOME (variables of CMake or of the environment), or beside the CUDA toolkit.
+find_package(CUDAToolkit QUIET)
+set(NCCL_hints "")
+foreach(NCCL_variable IN ITEMS NCCL_HOME CUDAToolkit_ROOT)   # find_path and find_library look into NCCL_ROOT by themselves
+  if(DEFINED ${NCCL_variable})
+    list(APPEND NCCL_hints "${${NCCL_variable}}")
+  endif()
+  list(APPEND NCCL_hints ENV ${NCCL_variable})
+endforeach()
+if(CUDAToolkit_FOUND)
+  list(APPEND NCCL_hints ${CUDAToolkit_LIBRARY_ROOT} ${CUDAToolkit_TARGET_DIR} ${CUDAToolkit_LIBRARY_DIR} ${CUDAToolkit_INCLUDE_DIRS})
+endif()
+find_path(NCCL_INCLUDE_DIR nccl.h HINTS ${NCCL_hints} PATHS /usr/local/cuda PATH_SUFFIXES include)
+find_library(NCCL_LIBRARY nccl HINTS ${NCCL_hints} PATHS /usr/local/cuda PATH_SUFFIXES lib lib64)
+mark_as_advanced(NCCL_INCLUDE_DIR NCCL_LIBRARY)
+if(NCCL_INCLUDE_DIR)
+  file(STRINGS ${NCCL_INCLUDE_DIR}/nccl.h NCCL_VERSION REGEX "#define NCCL_(MAJOR|MINOR|PATCH) ")
+  list(TRANSFORM NCCL_VERSION REPLACE "[^0-9]+" "")
+  list(JOIN NCCL_VERSION "." NCCL_VERSION)
+endif()
+unset(NCCL_hints)
+unset(NCCL_variable)
+include(FindPackageHandleStandardArgs)
+find_package_handle_standard_args(NCCL REQUIRED_VARS NCCL_LIBRARY NCCL_INCLUDE_DIR CUDAToolkit_FOUND VERSION_VAR NCCL_VERSION)
+if(NCCL_FOUND AND NOT TARGET NCCL::nccl)
+  add_library(NCCL::nccl UNKNOWN IMPORTED)
+  set_target_properties(NCCL::nccl PROPERTIES IMPORTED_LOCATION "${NCCL_LIBRARY}" INTERFACE_INCLUDE_DIRECTORIES "${NCCL_INCLUDE_DIR}"
+                        INTERFACE_LINK_LIBRARIES CUDA::cudart)
+endif()
