@@ -302,7 +302,7 @@ TEST_CASE("law: reshard moves tensors between devices and the host") {
 }
 
 TEST_CASE("whatever call to a device fails, all ranks have one error, nothing is committed, and the next save is whole") {
-  for (std::string const call : {"record", "create_event", "wait", "copy", "transfer", "query", "create_stream", "use"}) {
+  for (std::string const call : {"record", "create_event", "wait", "copy", "transfer", "query", "create_stream", "enter"}) {
     CAPTURE(call);
     for (int nth : {1, 2, 5}) {
       CAPTURE(nth);
@@ -369,7 +369,7 @@ TEST_CASE("staging memory is pinned once: later saves and loads pin and unpin no
   CHECK(devices.api->pinned_bytes() == pinned);
   CHECK(devices.api->calls("allocate_pinned") == pins);
   CHECK(devices.api->calls("free_pinned") == unpins);
-  CHECK(devices.api->contexts() == std::set<int>{});   // the one device is current anyway
+  CHECK(devices.api->contexts() == std::set<int>{0});
 
   Devices without{1};
   without.api->limit_pinned(0);
@@ -382,6 +382,57 @@ TEST_CASE("staging memory is pinned once: later saves and loads pin and unpin no
   CHECK(report.warnings[0].find("could not be pinned") != std::string::npos);
   auto const stored = dcp::load_from_keys<Files>(self, {store, "other"});
   CHECK(std::memcmp(stored.tensors().at("w").bytes().data(), numbers(64).data(), 64 * sizeof(float)) == 0);
+}
+
+TEST_CASE("a deferred save of tensors on devices returns before any copy is made, and the next step is ordered behind them by an event alone") {
+  std::uint64_t const base_seed = dcp::test::first_seed();
+  for (int round = 0; round < dcp::test::rounds(20, 500); ++round) {
+    std::uint64_t const seed = base_seed + static_cast<std::uint64_t>(round);
+    CAPTURE(seed);
+    Generator random{seed};
+    Devices devices{2, seed};
+    auto const subjects = subjects_of(random);
+    dcp::Memory store;
+    int const ranks = static_cast<int>(1 + random.up_to(3));
+    auto const layouts = layouts_of(random, subjects, ranks), read_layouts = layouts_of(random, subjects, 1);
+    std::mutex mutex;
+    std::string wrong;
+    dcp::run_threads(ranks, [&](dcp::ThreadComm& world) {
+      dcp::StateDict unused;
+      auto held = dcp::test::hold(subjects, layouts, world.rank(), 1, unused);
+      fill(held);
+      OnDevice here{devices, world.rank() % 2, held};
+      here.upload();
+      dcp::Pending pending = dcp::async_save<Files, dcp::BasicDeferredStager<true>>(world, {store, "ckpt"}, here.state, {.on = here.on()});
+      auto const event = pending.staged_event();
+      event.before(here.on()[0]);
+      here.overwrite();           // the optimizer's step
+      devices.api->drain();       // and all of it is done before anybody has asked for a byte
+      while (!event.done()) {}    // a device may say so a little later
+      pending.wait_staged();
+      pending.wait();
+    });
+    dcp::SelfComm self;
+    dcp::StateDict state;
+    auto held = dcp::test::hold(subjects, read_layouts, 0, 0, state);
+    dcp::load<Files>(self, {store, "ckpt"}, state);
+    REQUIRE(difference(held) == "");
+  }
+
+  // More than there is staging memory for: the copies are the host's, and there is no event.
+  Devices devices{1};
+  dcp::SelfComm self;
+  dcp::Memory store;
+  std::size_t const elements = (dcp::least_memory_bytes + (1 << 20)) / sizeof(float);
+  Floats const large{devices, 0, {static_cast<std::int64_t>(elements)}, numbers(elements)};
+  dcp::StateDict state;
+  large.add_to(state, "w");
+  auto const stream = devices.api->create_user_stream(0);
+  dcp::Pending pending = dcp::async_save<Files, dcp::BasicDeferredStager<false>>(self, {store, "ckpt"}, state, {.on = {{devices.driver, 0, devices.api->handle(stream)}}, .staging_bytes = dcp::least_memory_bytes});
+  auto const error = dcp::test::error_of([&] { static_cast<void>(pending.staged_event()); });
+  if (error) CHECK(error->code() == dcp::ErrorCode::unsupported);
+  pending.wait();
+  static_cast<void>(pending.staged_event());
 }
 
 TEST_CASE("memory that the host and devices share is read and written in place, after what is in the program's stream") {

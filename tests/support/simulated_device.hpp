@@ -65,15 +65,23 @@ class SimulatedApi {
       return part != nullptr && work_.lost(place.ordinal) ? lost_device : success;
     });
   }
-  int current(int& ordinal) {
-    return call("current", [&] { return ordinal = current_device(), success; });
-  }
-  int use(int ordinal) {
-    return call("use", [&] {
+  int enter(int ordinal) {
+    return call("enter", [&] {
       if (ordinal < 0 || ordinal >= devices_) return no_device;
       if (work_.lost(ordinal)) return lost_device;
       contexts_.insert(ordinal);
-      current_[std::this_thread::get_id()] = ordinal;
+      auto const thread = std::this_thread::get_id();
+      entered_[thread].push_back(current_device());
+      current_[thread] = ordinal;
+      return success;
+    });
+  }
+  int leave() {
+    return call("leave", [&] {
+      auto& before = entered_[std::this_thread::get_id()];
+      if (before.empty()) return no_device;
+      current_[std::this_thread::get_id()] = before.back();
+      before.pop_back();
       return success;
     });
   }
@@ -275,7 +283,7 @@ class SimulatedApi {
   std::size_t pinned_bytes() const {
     return locked([&] { return pinned_; });
   }
-  /// Devices that use() has made current.
+  /// Devices that enter() has made current.
   std::set<int> contexts() const {
     return locked([&] { return contexts_; });
   }
@@ -405,6 +413,7 @@ class SimulatedApi {
   SimulatedWork work_;
   std::map<std::uint64_t, Recorded> events_;
   std::map<std::thread::id, int> current_, last_errors_;
+  std::map<std::thread::id, std::vector<int>> entered_;   // what was current before
   std::map<std::string, int> calls_;
   std::map<std::string, Failure> failures_;
   std::set<int> contexts_;

@@ -77,6 +77,8 @@ struct PendingSave {
   std::exception_ptr failure;
   StagerRef stager{};
   std::unique_ptr<Staging<>> staging{};     // until the copy is made
+  bool without_event = false;               // some of what is on devices is copied piece by piece
+  std::vector<typename DeviceSnapshot<>::Mark> marks{};   // behind copies that devices make
 
   /// The rest of the staging. Collective if the stager has left something to be done. Throws the same Error on all ranks.
   void wait_staged() {
@@ -330,7 +332,8 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
     job.commit = std::move(commit);
     job.events = events;
     auto const make = [&](PlannedSave const& of) { return of.plan->writes(of.agreed, comm.rank(), comm.size(), {opened.block_bytes, writers_per_file(medium, settings.writers_per_file)}); };
-    auto planned_writes = remembered ? cache->writes(opened.block_bytes, make) : std::make_shared<PlannedWrites>(PlannedWrites{make(*planned)});
+    // What copies of devices are made of belongs to one save.
+    auto planned_writes = remembered && !(stager.deferred && planned->agreed.devices.any()) ? cache->writes(opened.block_bytes, make) : std::make_shared<PlannedWrites>(PlannedWrites{make(*planned)});
     job.empty_files = planned_writes->plan.empty_files();
     pending->save = std::make_shared<BackgroundSave<>>(std::move(job));
     return planned_writes;
@@ -344,6 +347,12 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
     });
     agree(comm, "save: stage", [&] {
       pending->staging = std::make_unique<Staging<>>(comm, planned, writes, remembered, stage, pending->save, settings, watch);
+      if (stager.deferred && planned->agreed.devices.any()) {
+        pending->staging->snapshot();
+        auto const& snapshot = pending->staging->snapshotted();
+        if (snapshot != nullptr) pending->marks = snapshot->marks();
+        pending->without_event = snapshot == nullptr || planned->plan->recoding != nullptr;   // what is quantized is read when it is
+      }
       if (stager.guarded) pending->staging->remember();
     });
     stager.begin(*pending->staging);
@@ -364,6 +373,32 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
 }
 
 }  // namespace detail
+
+/// The point where what a save copies of devices has been copied, in the order of devices. Copyable; may outlive the save.
+///
+/// Example   dcp::Pending pending = dcp::async_save<dcp::SafeTensors, dcp::DeferredStager>(world, "ckpt", state, {.on = {dcp::on(stream)}});
+///           pending.staged_event().before(dcp::on(stream));
+///           optimizer_step<<<blocks, threads, 0, stream>>>(weights);   // not before the copies, and the host has waited for nothing
+///           pending.wait_staged();                                     // some time later
+template <class = Deferred>
+class BasicStagedEvent {
+ public:
+  /// What is put into the stream from now on comes after the copies. Throws Error(device).
+  void before(DeviceStream const& stream) const {
+    for (auto const& mark : marks_) stream.driver->order(stream.ordinal, stream.stream, *mark.made);
+  }
+  /// Whether the copies have been made. Throws Error(device) if they failed.
+  bool done() const {
+    return std::all_of(marks_.begin(), marks_.end(), [](auto const& mark) { return mark.made->done(); });
+  }
+
+  // Of the library.
+  explicit BasicStagedEvent(std::vector<typename detail::DeviceSnapshot<>::Mark> marks) : marks_{std::move(marks)} {}
+
+ private:
+  std::vector<typename detail::DeviceSnapshot<>::Mark> marks_;
+};
+using StagedEvent = BasicStagedEvent<>;
 
 /// A save that is under way behind the program. Move-only. It must not outlive the communicator that the save was begun with.
 ///
@@ -392,6 +427,14 @@ class [[nodiscard]] BasicPending {
   /// Until the memory of the state may be changed. Local and at once if the call has copied it, as with CopyStager; else collective: throws on all ranks what
   /// any rank threw, and so does wait() then.
   void wait_staged() { here().wait_staged(); }
+  /// When tensors on devices may be changed, as an event for their streams; tensors on the host stay as they are until wait_staged(). With CopyStager they may be changed
+  /// already. Local. Throws Error(unsupported) where the copies are not put into streams: of states larger than staging_bytes, and of tensors that are quantized.
+  StagedEvent staged_event() const {
+    auto const& save = here();
+    if (save.without_event && save.staging && !save.staging->complete())
+      throw Error{ErrorCode::unsupported, "there is no event for this copy: the host makes it, piece by piece, until wait_staged() returns"}.with_hint("staging_bytes must hold all that the rank writes");
+    return StagedEvent{save.marks};
+  }
   /// Whether this rank's part has ended within `time`, well or not. Local.
   template <class Rep, class Period>
   bool wait_for(std::chrono::duration<Rep, Period> time) const {

@@ -44,17 +44,21 @@ class DeviceHere {
   }
   /// Until the program's work is done.
   template <class = Deferred>
-  void wait() const {
+  void wait() const { wait_for(*ready()); }
+  /// Until what comes before `event` is done.
+  template <class = Deferred>
+  void wait_for(DeviceEvent const& event) const {
     constexpr std::chrono::minutes most{10};
-    auto const event = ready();
     auto const begin = SteadyClock::now();
-    while (!event->done()) {
+    while (!event.done()) {
       auto const waited = SteadyClock::now() - begin;
       if (waited > most) throw Error{ErrorCode::timeout, std::string{driver_->name()} + " device " + std::to_string(ordinal_) + ": what is in the program's stream has not ended after 10 minutes"};
       this_thread::sleep_for(std::clamp<std::chrono::nanoseconds>(waited / 8, std::chrono::microseconds{5}, std::chrono::milliseconds{2}));
     }
   }
   std::uint64_t unpinned_bytes() const { return driver_->unpinned_bytes(); }
+  std::shared_ptr<DeviceDriver> const& driver() const { return driver_; }
+  int ordinal() const { return ordinal_; }
 
  private:
   std::shared_ptr<DeviceEvent> ready() const {
@@ -107,6 +111,11 @@ class DeviceSource final : public ElementSource {
  public:
   DeviceSource(std::shared_ptr<DeviceHere const> device, Transfer const& transfer) : device_{std::move(device)}, dtype_{transfer.memory_dtype}, shape_{transfer.shape}, memory_{transfer.memory} {}
   void produce(std::int64_t first, std::int64_t count, std::byte* out) const override {
+    if (copy_ != nullptr) {
+      device_->wait_for(*made_);
+      std::memcpy(out, copy_ + (first - copy_begin_) * (bits_of(dtype_) / 8), static_cast<std::size_t>(count * (bits_of(dtype_) / 8)));
+      return;
+    }
     // By pinned memory in two halves: one is copied on while the other one is filled.
     auto const lane = device_->lane();
     std::int64_t const width = bits_of(dtype_) / 8, each = std::max<std::int64_t>(1, buffer_bytes / width);
@@ -131,13 +140,85 @@ class DeviceSource final : public ElementSource {
       if (ready > 0) std::memcpy(to, bytes.data(), static_cast<std::size_t>(ready * width));
     }
   }
+  bool copied() const override { return copy_ != nullptr; }
+
+  std::shared_ptr<DeviceHere const> const& device() const { return device_; }
+  /// Puts a copy of elements [begin, end) into a lane, to `copy`. What is made from now on is made of that, once `made` says that it is there.
+  void copy_by(DeviceLane& lane, std::int64_t begin, std::int64_t end, std::byte* copy) {
+    copy_elements(lane, true, dtype_, shape_, memory_, begin, end - begin, copy);
+    copy_ = copy;
+    copy_begin_ = begin;
+  }
+  void made(std::shared_ptr<DeviceEvent> event) { made_ = std::move(event); }
 
  private:
   static constexpr std::int64_t buffer_bytes = 1 << 20;
+  std::byte const* copy_ = nullptr;
+  std::int64_t copy_begin_ = 0;
+  std::shared_ptr<DeviceEvent> made_;
   std::shared_ptr<DeviceHere const> device_;
   DType dtype_;
   Extents shape_;
   MemoryView memory_;   // of the first element
+};
+
+/// Pinned memory that is kept for the next one who needs as much.
+struct PinnedArea {
+  std::shared_ptr<std::byte> memory;
+  std::size_t size = 0;
+};
+
+/// What a save reads of devices, copied to pinned memory in the order of the program's streams. The copies are only put into lanes when this is made.
+template <class = Deferred>
+class DeviceSnapshot {
+ public:
+  struct Mark {
+    std::shared_ptr<DeviceHere const> device;
+    std::shared_ptr<DeviceEvent> made;
+  };
+
+  struct Part {
+    DeviceSource<>* source;
+    std::int64_t begin, end;
+    std::uint64_t bytes;
+  };
+  /// nullptr for more than `most_bytes`.
+  static std::shared_ptr<DeviceSnapshot> take(std::vector<Part> const& parts, std::uint64_t most_bytes, PinnedArea& area) {
+    constexpr std::uint64_t alignment = 256;
+    std::uint64_t total = 0;
+    for (auto const& part : parts) total += round_up(part.bytes, alignment);
+    if (total > most_bytes) return nullptr;
+    if (total == 0) return std::make_shared<DeviceSnapshot>();
+    DeviceHere const& first = *parts.front().source->device();
+    if (area.size < total) {
+      area = {};
+      area = {first.driver()->pinned(first.ordinal(), static_cast<std::size_t>(total)), static_cast<std::size_t>(total)};
+    }
+    auto snapshot = std::make_shared<DeviceSnapshot>();
+    snapshot->memory_ = area.memory;
+    std::uint64_t at = 0;
+    for (auto const& part : parts) {
+      part.source->copy_by(snapshot->lane(part.source->device()), part.begin, part.end, area.memory.get() + at);
+      at += round_up(part.bytes, alignment);
+    }
+    for (std::size_t i = 0; i < snapshot->lanes_.size(); ++i) snapshot->marks_[i].made = snapshot->lanes_[i]->mark();
+    for (auto const& part : parts)
+      for (auto const& mark : snapshot->marks_)
+        if (mark.device == part.source->device()) part.source->made(mark.made);
+    return snapshot;
+  }
+  std::vector<Mark> const& marks() const { return marks_; }
+
+ private:
+  DeviceLane& lane(std::shared_ptr<DeviceHere const> const& device) {
+    for (std::size_t i = 0; i < marks_.size(); ++i)
+      if (marks_[i].device == device) return *lanes_[i];
+    marks_.push_back({device, nullptr});
+    return *lanes_.emplace_back(device->lane());
+  }
+  std::shared_ptr<std::byte> memory_;   // outlives the lanes, whose copies end when they are given back
+  std::vector<Mark> marks_;
+  std::vector<std::shared_ptr<DeviceLane>> lanes_;
 };
 
 /// A tensor whose memory is a device's, read box by box: of what a rank holds of it, each box with the memory of its first element.

@@ -61,6 +61,8 @@ struct CopyStager {
 /// Copies behind the call: async_save returns before the copy is made, and the sources must stay as they are until Pending::wait_staged(), which is
 /// collective, returns. For trainers that only read their weights for a while (forward and backward pass): they wait before the optimizer's step.
 ///
+/// Devices   what lies on devices is copied in the order of the program's streams, to pinned memory of at most staging_bytes: the call only puts the copies into streams of the
+///           library's, and Pending::staged_event() is what the program's streams wait for before they change the tensors. The host waits for nothing
 /// Guarded   reads the sources in the call and again in wait_staged, which throws Error(changed) if something has changed. DeferredStager is so
 ///           where NDEBUG is not defined
 /// Example   auto pending = dcp::async_save<dcp::SafeTensors, dcp::DeferredStager>(world, "ckpt", state);
@@ -70,7 +72,7 @@ struct CopyStager {
 template <bool Guarded>
 struct BasicDeferredStager {
   static constexpr std::string_view name = "deferred";
-  static constexpr bool guarded = Guarded;
+  static constexpr bool guarded = Guarded, deferred = true;
   static void begin(StagingWork& work) { work.begin_copies(); }
   static void finish(StagingWork& work) {
     work.exchange();
@@ -87,7 +89,7 @@ namespace detail {
 /// A Stager without its type.
 struct StagerRef {
   std::string_view name;
-  bool guarded;
+  bool guarded, deferred;
   void (*begin)(StagingWork&);
   void (*finish)(StagingWork&);
 
@@ -95,7 +97,9 @@ struct StagerRef {
   static constexpr StagerRef of() {
     bool guarded = false;
     if constexpr (requires { T::guarded; }) guarded = T::guarded;
-    return {T::name, guarded, [](StagingWork& work) { T::begin(work); }, [](StagingWork& work) { T::finish(work); }};
+    bool deferred = false;
+    if constexpr (requires { T::deferred; }) deferred = T::deferred;
+    return {T::name, guarded, deferred, [](StagingWork& work) { T::begin(work); }, [](StagingWork& work) { T::finish(work); }};
   }
 };
 }  // namespace detail

@@ -40,6 +40,7 @@ struct Stage {
   std::shared_ptr<StagingPool<>> pool;
   std::shared_ptr<SaverProcess<>> saver;   // of Executor::process, from the first save on
   Workers<> workers;
+  PinnedArea pinned;                       // for copies of what is on devices, by deferred stagers
   bool used = false;                       // by an earlier save
 
   bool shared() const { return pool->descriptor() >= 0; }
@@ -102,6 +103,14 @@ class Staging final : public StagingWork {
     // What a round holds must leave room for what is on its way to the storage.
     round_bytes_ = std::min(Budget::of(settings.memory_bytes, settings.threads).round_bytes, round_down(stage_->pool->capacity() / 4, stage_->piece_bytes));
   }
+  /// Puts copies of what is on devices into their streams, if there is memory for all of it. Local; at once.
+  void snapshot() {
+    std::vector<typename DeviceSnapshot<>::Part> parts;
+    for (auto const& transfer : plan_->transfers())
+      if (auto* const source = dynamic_cast<DeviceSource<>*>(const_cast<ElementSource*>(transfer.source))) parts.push_back({source, transfer.begin, transfer.end, transfer.bytes()});
+    snapshot_ = DeviceSnapshot<>::take(parts, stage_->pool->capacity(), stage_->pinned);
+  }
+  std::shared_ptr<DeviceSnapshot<>> const& snapshotted() const { return snapshot_; }
   Staging(Staging const&) = delete;
   Staging& operator=(Staging const&) = delete;
   /// Nothing is read any more when it is gone.
@@ -235,6 +244,10 @@ class Staging final : public StagingWork {
     all.reserve(plan_->transfers().size());
     for (auto const& transfer : plan_->transfers()) {
       std::uint64_t raw = 0;
+      if (transfer.source != nullptr && transfer.source->copied()) {
+        all.push_back(raw);
+        continue;
+      }
       if (transfer.source != nullptr) {
         // Made of the state's memory: of what it would be now.
         Bytes made;
@@ -257,6 +270,7 @@ class Staging final : public StagingWork {
   CommRef comm_;
   std::shared_ptr<PlannedSave const> planned_;
   std::shared_ptr<PlannedWrites> writes_;
+  std::shared_ptr<DeviceSnapshot<>> snapshot_;
   SavePlan const* plan_;
   ExchangeRounds* rounds_;   // where they are of use to the next save
   std::shared_ptr<Stage<>> stage_;

@@ -26,8 +26,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <string_view>
+#include <type_traits>
+#include <vector>
 
 #include <dlfcn.h>
 #include <link.h>
@@ -81,8 +84,32 @@ class CudaApi {
     return 0;
   }
 
-  int current(int& ordinal) { return static_cast<int>(cudaGetDevice(&ordinal)); }
-  int use(int ordinal) { return static_cast<int>(cudaSetDevice(ordinal)); }
+  /// Puts the device's primary context, which the runtime uses, on top of the thread's, and takes it away again: the thread's current device, or that it has chosen none, stays
+  /// as it is. To go back by cudaSetDevice would make a context on device 0 in threads that have never chosen one (since CUDA 12).
+  template <class = Deferred>
+  int enter(int ordinal) {
+    Contexts const* const contexts = find_contexts();
+    if (contexts == nullptr) return static_cast<int>(cudaErrorInsufficientDriver);
+    CUcontext context = nullptr;
+    {
+      std::lock_guard const lock{mutex_};
+      auto const at = static_cast<std::size_t>(std::max(0, ordinal));
+      if (primary_.size() <= at) primary_.resize(at + 1);
+      if (primary_[at] == nullptr) {
+        CUdevice device = 0;
+        CUresult status = contexts->device(&device, ordinal);
+        if (status == CUDA_SUCCESS) status = contexts->retain(&primary_[at], device);   // never released: it is the program's, and stays as long
+        if (status != CUDA_SUCCESS) return static_cast<int>(status);
+      }
+      context = primary_[at];
+    }
+    return static_cast<int>(contexts->push(context));
+  }
+  template <class = Deferred>
+  int leave() {
+    CUcontext context = nullptr;
+    return static_cast<int>(find_contexts()->pop(&context));
+  }
 
   int create_stream(cudaStream_t& stream) { return static_cast<int>(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); }
   int destroy_stream(cudaStream_t stream) { return static_cast<int>(cudaStreamDestroy(stream)); }
@@ -140,6 +167,33 @@ class CudaApi {
     return found;
   }
 
+  struct Contexts {
+    CUresult (*device)(CUdevice*, int);
+    CUresult (*retain)(CUcontext*, CUdevice);
+    CUresult (*push)(CUcontext);
+    CUresult (*pop)(CUcontext*);
+  };
+  /// The driver is in the process by the time that somebody has memory or a stream of a device.
+  template <class = Deferred>
+  Contexts const* find_contexts() {
+    std::lock_guard const lock{mutex_};
+    if (contexts_.pop != nullptr) return &contexts_;
+    void* const driver = ::dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    if (driver == nullptr) return nullptr;
+    auto const find = [&](char const* name, auto& function) { function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(::dlsym(driver, name)); };
+    Contexts found{};
+    find("cuDeviceGet", found.device);
+    find("cuDevicePrimaryCtxRetain", found.retain);
+    find("cuCtxPushCurrent_v2", found.push);
+    find("cuCtxPopCurrent_v2", found.pop);
+    if (found.device == nullptr || found.retain == nullptr || found.push == nullptr || found.pop == nullptr) return nullptr;
+    contexts_ = found;
+    return &contexts_;
+  }
+
+  Mutex mutex_;
+  Contexts contexts_{};
+  std::vector<CUcontext> primary_;   // of each device, as far as it was needed
   Atomic<AttributesOf> attributes_of_{nullptr};
   Atomic<std::uint64_t> loads_{0};   // when there was no driver
   Atomic<bool> used_{false};

@@ -70,6 +70,8 @@ class DeviceDriver {
   virtual void order(int ordinal, void* stream, DeviceEvent const& event) = 0;
   /// Another one, or one that has been given back.
   virtual std::shared_ptr<DeviceLane> lane(int ordinal) = 0;
+  /// Memory of the host that is pinned, if the system lets it be.
+  virtual std::shared_ptr<std::byte> pinned(int ordinal, std::size_t bytes) = 0;
   /// How many bytes of staging memory could not be pinned, ever.
   virtual std::uint64_t unpinned_bytes() const = 0;
 };

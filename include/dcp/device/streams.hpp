@@ -32,12 +32,12 @@ namespace dcp::detail {
 
 // The calls. A status of 0 is success; handles are small values. copy() and copy_rows() find out by themselves on which sides they are.
 template <class A>
-concept StreamApi = requires(A& api, typename A::Stream stream, typename A::Event event, void* to, void const* from, std::size_t bytes, int& ordinal, MemoryPlace& place, void*& memory, typename A::Stream& new_stream,
+concept StreamApi = requires(A& api, typename A::Stream stream, typename A::Event event, void* to, void const* from, std::size_t bytes, MemoryPlace& place, void*& memory, typename A::Stream& new_stream,
                              typename A::Event& new_event) {
   { api.name() } -> std::convertible_to<std::string_view>;
   { api.where(from, place) } -> std::same_as<int>;
-  { api.current(ordinal) } -> std::same_as<int>;
-  { api.use(0) } -> std::same_as<int>;
+  { api.enter(0) } -> std::same_as<int>;   // the device is current in this thread until leave(), which brings back what was, be it none; they nest
+  { api.leave() } -> std::same_as<int>;
   { api.create_stream(new_stream) } -> std::same_as<int>;
   { api.destroy_stream(stream) } -> std::same_as<int>;
   { api.create_event(new_event) } -> std::same_as<int>;
@@ -95,6 +95,20 @@ class StreamDriver final : public DeviceDriver, public std::enable_shared_from_t
     auto const give_back = [self = this->shared_from_this()](Lane* used) { self->give_back(std::unique_ptr<Lane>{used}); };
     return std::shared_ptr<Lane>{lane.release(), give_back};
   }
+  std::shared_ptr<std::byte> pinned(int ordinal, std::size_t bytes) override {
+    auto buffer = std::make_shared<Buffer>();
+    OnDevice const here{*this, ordinal};
+    allocate(*buffer, bytes);
+    auto const release = [self = this->shared_from_this(), buffer, ordinal](std::byte*) {
+      try {
+        OnDevice const there{*self, ordinal};
+        self->free(*buffer);
+      } catch (...) {
+        if (!buffer->pinned) self->free(*buffer);   // else it is gone with the device
+      }
+    };
+    return {buffer->memory, release};
+  }
   std::uint64_t unpinned_bytes() const override { return unpinned_; }
 
   Api& api() const { return *api_; }
@@ -113,6 +127,31 @@ class StreamDriver final : public DeviceDriver, public std::enable_shared_from_t
   void ignore(int status) const {
     if (status != 0) [[unlikely]] api_->forget_error();
   }
+  // Memory of the host, with its device current.
+  struct Buffer {
+    std::byte* memory = nullptr;
+    std::size_t size = 0;
+    bool pinned = false;
+  };
+  static constexpr std::size_t alignment = 4096;
+  void allocate(Buffer& buffer, std::size_t bytes) {
+    void* memory = nullptr;
+    buffer.pinned = api_->allocate_pinned(memory, bytes) == 0;
+    if (!buffer.pinned) {
+      api_->forget_error();
+      memory = ::operator new(bytes, std::align_val_t{alignment});
+      unpinned_ += bytes;
+    }
+    buffer.memory = static_cast<std::byte*>(memory);
+    buffer.size = bytes;
+  }
+  void free(Buffer& buffer) const {
+    if (buffer.memory == nullptr) return;
+    if (buffer.pinned) ignore(api_->free_pinned(buffer.memory));
+    else ::operator delete(buffer.memory, std::align_val_t{alignment});
+    buffer = {};
+  }
+
   // Whether the work before an event has been done.
   bool ended(Event event, std::string_view what) const {
     int const status = api_->query(event);
@@ -122,31 +161,34 @@ class StreamDriver final : public DeviceDriver, public std::enable_shared_from_t
     return false;
   }
 
-  // The device is current while this lives.
+  // The device is current while this lives. A thread that has none current has none afterwards: to make another one current would make a context there.
   class OnDevice {
    public:
-    OnDevice(StreamDriver const& driver, int ordinal) : driver_{driver} {
-      driver.check(driver.api_->current(before_), "to say which device is current");
-      if (before_ == ordinal) before_ = -1;
-      else driver.check(driver.api_->use(ordinal), "to make device " + std::to_string(ordinal) + " current");
-    }
+    OnDevice(StreamDriver const& driver, int ordinal) : driver_{driver} { driver.check(driver.api_->enter(ordinal), "to make device " + std::to_string(ordinal) + " current"); }
     OnDevice(OnDevice const&) = delete;
     OnDevice& operator=(OnDevice const&) = delete;
-    ~OnDevice() {
-      if (before_ >= 0) driver_.ignore(driver_.api_->use(before_));
-    }
+    ~OnDevice() { driver_.ignore(driver_.api_->leave()); }
 
    private:
     StreamDriver const& driver_;
-    int before_ = -1;
   };
 
   struct OwnedEvent final : DeviceEvent {
     OwnedEvent(std::shared_ptr<StreamDriver const> of, int on) : driver{std::move(of)}, ordinal{on} { driver->check(driver->api_->create_event(event), "an event"); }
     OwnedEvent(OwnedEvent const&) = delete;
     OwnedEvent& operator=(OwnedEvent const&) = delete;
-    ~OwnedEvent() override { driver->ignore(driver->api_->destroy_event(event)); }
-    bool done() const override { return driver->ended(event, "the work before an event"); }
+    ~OwnedEvent() override {
+      try {
+        OnDevice const here{*driver, ordinal};
+        driver->ignore(driver->api_->destroy_event(event));
+      } catch (...) {
+        // The device is gone; so is what was on it.
+      }
+    }
+    bool done() const override {
+      OnDevice const here{*driver, ordinal};
+      return driver->ended(event, "the work before an event");
+    }
     std::shared_ptr<StreamDriver const> driver;
     int ordinal;
     Event event{};
@@ -168,13 +210,13 @@ class StreamDriver final : public DeviceDriver, public std::enable_shared_from_t
     ~Lane() override {
       try {
         OnDevice const here{driver_, ordinal};
-        for (auto& buffer : buffers_) free(buffer);
+        for (auto& buffer : buffers_) driver_.free(buffer);
         driver_.ignore(driver_.api_->destroy_event(end_));
         driver_.ignore(driver_.api_->destroy_stream(stream_));
       } catch (...) {
         // The device is gone; so is what was on it.
         for (auto& buffer : buffers_)
-          if (!buffer.pinned) free(buffer);
+          if (!buffer.pinned) driver_.free(buffer);
       }
     }
 
@@ -225,16 +267,8 @@ class StreamDriver final : public DeviceDriver, public std::enable_shared_from_t
       if (buffer.size < bytes) {
         if (copies_) finish();   // what is being copied from it
         OnDevice const here{driver_, ordinal};
-        free(buffer);
-        void* memory = nullptr;
-        buffer.pinned = driver_.api_->allocate_pinned(memory, bytes) == 0;
-        if (!buffer.pinned) {
-          driver_.api_->forget_error();
-          memory = ::operator new(bytes, std::align_val_t{alignment});
-          driver_.unpinned_ += bytes;
-        }
-        buffer.memory = static_cast<std::byte*>(memory);
-        buffer.size = bytes;
+        driver_.free(buffer);
+        driver_.allocate(buffer, bytes);
       }
       return {buffer.memory, bytes};
     }
@@ -246,19 +280,6 @@ class StreamDriver final : public DeviceDriver, public std::enable_shared_from_t
     Lane* kept_before = nullptr;
 
    private:
-    static constexpr std::size_t alignment = 4096;
-    struct Buffer {
-      std::byte* memory = nullptr;
-      std::size_t size = 0;
-      bool pinned = false;
-    };
-    void free(Buffer& buffer) {
-      if (buffer.memory == nullptr) return;
-      if (buffer.pinned) driver_.ignore(driver_.api_->free_pinned(buffer.memory));
-      else ::operator delete(buffer.memory, std::align_val_t{alignment});
-      buffer = {};
-    }
-
     StreamDriver& driver_;
     Stream stream_{};
     Event end_{};

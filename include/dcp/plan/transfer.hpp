@@ -27,6 +27,8 @@ class ElementSource {
   virtual ~ElementSource() = default;
   /// Elements [first, first + count) of the box of a transfer, in row-major order, to `out`. Called by several threads at once.
   virtual void produce(std::int64_t first, std::int64_t count, std::byte* out) const = 0;
+  /// Whether the state's memory is no longer asked.
+  virtual bool copied() const { return false; }
 };
 
 /// Elements [begin, end) of a box, in row-major order of the box, between memory and a file.
