@@ -182,8 +182,9 @@ class Reader {
     explicit RowsToDevice(DeviceLane& lane) : lane_{lane} {}
     RowsToDevice(RowsToDevice const&) = delete;
     RowsToDevice& operator=(RowsToDevice const&) = delete;
-    void add(std::byte* to, std::byte const* from, std::size_t bytes) {
-      if (rows_ > 0 && bytes == bytes_) {
+    /// `of`: runs of different transfers may lie in different memory, and are not one copy.
+    void add(std::uint32_t of, std::byte* to, std::byte const* from, std::size_t bytes) {
+      if (rows_ > 0 && bytes == bytes_ && of == of_) {
         auto const to_step = to - to_ - static_cast<std::ptrdiff_t>(to_pitch_ * (rows_ - 1)), from_step = from - from_ - static_cast<std::ptrdiff_t>(from_pitch_ * (rows_ - 1));
         bool const forward = to_step >= static_cast<std::ptrdiff_t>(bytes) && from_step >= static_cast<std::ptrdiff_t>(bytes);
         if (forward && (rows_ == 1 || (static_cast<std::size_t>(to_step) == to_pitch_ && static_cast<std::size_t>(from_step) == from_pitch_))) {
@@ -193,7 +194,7 @@ class Reader {
         }
       }
       put();
-      to_ = to, from_ = from, bytes_ = bytes, to_pitch_ = from_pitch_ = bytes, rows_ = 1;
+      of_ = of, to_ = to, from_ = from, bytes_ = bytes, to_pitch_ = from_pitch_ = bytes, rows_ = 1;
     }
     void put() {
       if (rows_ > 0) lane_.copy(to_, to_pitch_, from_, from_pitch_, bytes_, rows_);
@@ -204,6 +205,7 @@ class Reader {
     DeviceLane& lane_;
     std::byte* to_ = nullptr;
     std::byte const* from_ = nullptr;
+    std::uint32_t of_ = 0;
     std::size_t bytes_ = 0, to_pitch_ = 0, from_pitch_ = 0, rows_ = 0;
   };
   // A box of a decode that is read and decoded at once.
@@ -334,7 +336,7 @@ class Reader {
           rows.emplace(*lane);
           to = lane;
         }
-        rows->add(run.memory, from, bytes);
+        rows->add(run.transfer, run.memory, from, bytes);
       } else if (transfer.dtype == transfer.memory_dtype) {
         std::memcpy(run.memory, from, static_cast<std::size_t>(run.bytes));
       } else {
