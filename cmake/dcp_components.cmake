@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The optional dependencies, one table for the build and for the installed package. A component is a header of its own, never included
 # by another one, and target dcp::<component>. To add one: a name in the list, and its rows.
-set(dcp_components mpi eigen uring s3 cuda)
+set(dcp_components mpi eigen uring s3 cuda nccl)
 set(dcp_find_modules ${CMAKE_CURRENT_LIST_DIR})   # of packages that bring none
 
 set(dcp_mpi_headers comm/mpi.hpp comm/mpi_gossip.hpp)
@@ -35,7 +35,6 @@ set(dcp_cuda_target CUDA::cudart)
 set(dcp_cuda_libraries ${CMAKE_DL_LIBS})   # beside the target; nothing from glibc 2.34 on
 set(dcp_cuda_debian nvidia-cuda-toolkit)
 
-# Not in the list above yet: its header is still to come.
 set(dcp_nccl_headers comm/nccl.hpp)
 set(dcp_nccl_package NCCL)
 set(dcp_nccl_arguments "")

@@ -2,6 +2,7 @@
 #pragma once
 // The streams of devices that are not there: work that is done late, and only when somebody waits for it.
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -97,7 +98,11 @@ class SimulatedWork {
     if (!pending_.empty()) advance(pending_[static_cast<std::size_t>(random % pending_.size())]);
   }
   void drain() {
-    for (auto const& op : std::vector{pending_}) advance(op, true);
+    for (auto const& op : std::vector{pending_}) {   // each comes behind all that it waits for
+      bool const ready = !op->held && std::all_of(op->after.begin(), op->after.end(), [](auto const& before) { return before->done; });
+      if (ready) perform(*op);
+    }
+    std::erase_if(pending_, [](auto const& op) { return op->done; });
   }
   std::size_t pending() const { return pending_.size(); }
 
