@@ -154,74 +154,6 @@ void check_own_part(AgreedState const& agreed, std::int64_t rank, bool saving) {
   wrong.raise();
 }
 
-/// Collective. Throws the same Error on every rank: of local mistakes (duplicate names, overlapping memory), of differences between
-/// ranks (options, layouts, values), of tensors that a rank of their mesh does not list.
-///
-/// `saving`: whether values are compared and partial tensors refused
-template <class = Deferred>
-AgreedState agree_state(CommRef comm, std::string_view phase, StateDict const& state, std::string_view options, bool saving) {
-  struct Local {
-    std::vector<std::size_t> sorted;
-    Schema schema;
-    std::vector<Tie> ties;
-  };
-  Local local = agree(comm, phase, [&] {
-    auto sorted = sorted_entries(state);
-    Schema schema = local_schema(state, saving, sorted);
-    return Local{std::move(sorted), std::move(schema), find_ties(state, comm.rank())};
-  });
-  struct Digests {
-    std::uint64_t schema, values, options;
-  };
-  auto const digests = all_gather_value(comm, Digests{schema_digest(local.schema), values_digest(local.schema), crc64(as_byte_span(options))});
-  auto const annotated = [&](Error error) { return error.with_phase(std::string{phase}); };
-  for (std::size_t r = 1; r < digests.size(); ++r)
-    if (digests[r].options != digests[0].options)
-      throw annotated(Error{ErrorCode::ranks_disagree, "rank 0 and rank " + std::to_string(r) + " were given different options or places"}.with_hint("here: " + std::string{options}));
-
-  std::vector<Tie> declared = local.schema.ties;
-  append(declared, local.ties);
-  detail::sort(declared);
-  declared.erase(std::unique(declared.begin(), declared.end()), declared.end());
-  std::vector<Tie> ties = agree_ties(comm, phase, state, std::move(declared));
-
-  // Distinct kinds of rank, each by its lowest rank.
-  std::vector<std::uint64_t> kinds, kind_values;
-  std::vector<std::int64_t> first_rank;
-  std::vector<std::uint64_t> kind_of;
-  bool values_differ = false;
-  for (std::size_t r = 0; r < digests.size(); ++r) {
-    kind_of.push_back(digests[r].schema);
-    auto const known = std::find(kinds.begin(), kinds.end(), digests[r].schema);
-    if (known == kinds.end()) {
-      kinds.push_back(digests[r].schema);
-      kind_values.push_back(digests[r].values);
-      first_rank.push_back(static_cast<std::int64_t>(r));
-    } else if (kind_values[static_cast<std::size_t>(known - kinds.begin())] != digests[r].values) {
-      values_differ = true;
-    }
-  }
-  try {
-    if (values_differ) raise_differing_values(comm, local.schema, kind_of);
-    std::vector<Schema> parts;
-    for (std::size_t k = 0; k < kinds.size(); ++k) {
-      if (kinds.size() == 1) {
-        parts.push_back(std::move(local.schema));
-        break;
-      }
-      Bytes bytes;
-      if (first_rank[k] == comm.rank()) bytes = encode(local.schema);
-      broadcast_bytes(comm, bytes, static_cast<int>(first_rank[k]));
-      parts.push_back(decode_schema(bytes));
-    }
-    AgreedState agreed = merge_states(std::move(parts), first_rank, std::move(ties), state, local.sorted, comm.size());
-    agree(comm, phase, [&] { check_own_part(agreed, comm.rank(), saving); });
-    return agreed;
-  } catch (Error& error) {
-    throw error.with_phase(std::string{phase});
-  }
-}
-
 /// Sorts `names(i)` for i < count, and says where each comes from.
 template <class NameOf>
 std::vector<std::size_t> order_by(std::size_t count, NameOf name_of) {
@@ -305,6 +237,78 @@ void map_names(AgreedState& state, NameMap const& names) {
   }
   arrangement->from = std::move(mapped);
   state.arrangement = std::move(arrangement);
+}
+
+/// Collective. Throws the same Error on every rank: of local mistakes (duplicate names, overlapping memory), of differences between
+/// ranks (options, layouts, values), of tensors that a rank of their mesh does not list.
+///
+/// `saving`: whether values are compared and partial tensors refused. `names`: of the checkpoint. `streams`: of the program, on devices
+template <class = Deferred>
+AgreedState agree_state(CommRef comm, std::string_view phase, StateDict const& state, std::string_view options, bool saving, NameMap const& names, std::vector<DeviceStream> const& streams) {
+  struct Local {
+    std::vector<std::size_t> sorted;
+    Schema schema;
+    std::vector<Tie> ties;
+  };
+  Local local = agree(comm, phase, [&] {
+    auto sorted = sorted_entries(state);
+    Schema schema = local_schema(state, saving, sorted);
+    return Local{std::move(sorted), std::move(schema), find_ties(state, comm.rank())};
+  });
+  struct Digests {
+    std::uint64_t schema, values, options;
+  };
+  auto const digests = all_gather_value(comm, Digests{schema_digest(local.schema), values_digest(local.schema), crc64(as_byte_span(options))});
+  auto const annotated = [&](Error error) { return error.with_phase(std::string{phase}); };
+  for (std::size_t r = 1; r < digests.size(); ++r)
+    if (digests[r].options != digests[0].options)
+      throw annotated(Error{ErrorCode::ranks_disagree, "rank 0 and rank " + std::to_string(r) + " were given different options or places"}.with_hint("here: " + std::string{options}));
+
+  std::vector<Tie> declared = local.schema.ties;
+  append(declared, local.ties);
+  detail::sort(declared);
+  declared.erase(std::unique(declared.begin(), declared.end()), declared.end());
+  std::vector<Tie> ties = agree_ties(comm, phase, state, std::move(declared));
+
+  // Distinct kinds of rank, each by its lowest rank.
+  std::vector<std::uint64_t> kinds, kind_values;
+  std::vector<std::int64_t> first_rank;
+  std::vector<std::uint64_t> kind_of;
+  bool values_differ = false;
+  for (std::size_t r = 0; r < digests.size(); ++r) {
+    kind_of.push_back(digests[r].schema);
+    auto const known = std::find(kinds.begin(), kinds.end(), digests[r].schema);
+    if (known == kinds.end()) {
+      kinds.push_back(digests[r].schema);
+      kind_values.push_back(digests[r].values);
+      first_rank.push_back(static_cast<std::int64_t>(r));
+    } else if (kind_values[static_cast<std::size_t>(known - kinds.begin())] != digests[r].values) {
+      values_differ = true;
+    }
+  }
+  try {
+    if (values_differ) raise_differing_values(comm, local.schema, kind_of);
+    std::vector<Schema> parts;
+    for (std::size_t k = 0; k < kinds.size(); ++k) {
+      if (kinds.size() == 1) {
+        parts.push_back(std::move(local.schema));
+        break;
+      }
+      Bytes bytes;
+      if (first_rank[k] == comm.rank()) bytes = encode(local.schema);
+      broadcast_bytes(comm, bytes, static_cast<int>(first_rank[k]));
+      parts.push_back(decode_schema(bytes));
+    }
+    AgreedState agreed = merge_states(std::move(parts), first_rank, std::move(ties), state, local.sorted, comm.size());
+    agree(comm, phase, [&] {
+      check_own_part(agreed, comm.rank(), saving);
+      map_names(agreed, names);
+      agreed.devices = DevicesOfState::of(agreed.local_tensors, streams);
+    });
+    return agreed;
+  } catch (Error& error) {
+    throw error.with_phase(std::string{phase});
+  }
 }
 
 }  // namespace dcp::detail

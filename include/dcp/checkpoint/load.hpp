@@ -122,12 +122,7 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
 
   watch.enter("agree");
   agree(comm, "load: agree", [&] { check_resources(settings.memory_bytes, settings.threads); });
-  AgreedState agreed_state = agree_state(comm, "load: agree", state, report.options + " place=" + place.path, false);
-  agree(comm, "load: names", [&] {
-    map_names(agreed_state, settings.names);
-    agreed_state.devices = DevicesOfState::of(agreed_state.local_tensors, settings.on);
-  });
-  AgreedState const& agreed = agreed_state;
+  AgreedState const agreed = agree_state(comm, "load: agree", state, report.options + " place=" + place.path, false, settings.names, settings.on);
 
   return again_if_replaced(comm, medium, place.path, [&](Sighting& seen) {
     watch.enter("open");

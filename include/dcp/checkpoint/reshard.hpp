@@ -67,13 +67,9 @@ Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, R
     check_resources(options.memory_bytes, 1);
     refuse_shared_memory(from, to, comm.rank());
   });
-  AgreedState source = agree_state(comm, "reshard: agree", from, report.options, true);
-  AgreedState target = agree_state(comm, "reshard: agree", to, report.options, false);
-  agree(comm, "reshard: agree", [&] {
-    source.devices = DevicesOfState::of(source.local_tensors, options.on);
-    target.devices = DevicesOfState::of(target.local_tensors, options.on);
-    source.devices.warn(report.warnings);
-  });
+  AgreedState const source = agree_state(comm, "reshard: agree", from, report.options, true, {}, options.on);
+  AgreedState const target = agree_state(comm, "reshard: agree", to, report.options, false, {}, options.on);
+  source.devices.warn(report.warnings);
 
   watch.enter("plan");
   // The source as a catalog: what is there, without saying where.

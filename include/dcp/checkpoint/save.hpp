@@ -466,11 +466,7 @@ std::shared_ptr<PlannedSave> agree_and_plan(CommRef comm, AnyStorage const& stor
     check_resources(settings.memory_bytes, settings.threads);
     if (settings.writers_per_file < 1) throw Error{ErrorCode::invalid_argument, "writers_per_file is " + std::to_string(settings.writers_per_file)};
   });
-  planned->agreed = agree_state(comm, "save: agree", state, planned->options + " place=" + place.path, true);
-  agree(comm, "save: names", [&] {
-    map_names(planned->agreed, settings.names);
-    planned->agreed.devices = DevicesOfState::of(planned->agreed.local_tensors, settings.on);
-  });
+  planned->agreed = agree_state(comm, "save: agree", state, planned->options + " place=" + place.path, true, settings.names, settings.on);
   if (settings.check == Check::contents) compare_replicas(comm, planned->agreed);
 
   watch.enter("plan");
