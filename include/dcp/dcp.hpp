@@ -11,6 +11,7 @@
 #include <dcp/core/shape.hpp>
 #include <dcp/core/dtype.hpp>
 #include <dcp/core/mesh.hpp>
+#include <dcp/core/name_map.hpp>
 #include <dcp/core/placement.hpp>
 #include <dcp/core/flat_bucket.hpp>
 #include <dcp/core/layout.hpp>

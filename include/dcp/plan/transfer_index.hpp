@@ -119,26 +119,55 @@ class TransferIndex {
     for (auto at = static_cast<std::size_t>(first - transfers_.begin()); at < transfers_.size() && transfers_[at].file == file && extents_[at].begin < window.end; ++at)
       visit(static_cast<std::uint32_t>(at));
   }
-  // What is made for the purpose. An element that the range cuts is made whole.
+  // What is made for the purpose. An element that the range cuts is made whole. Short runs, which follow each other in the source, are made together.
   template <class = Deferred>
   std::uint64_t produce(std::uint32_t at, FileRange range, std::byte* out) const {
+    constexpr std::uint64_t together_bytes = 1 << 20;
     Transfer const& transfer = transfers_[at];
     std::uint64_t const width = bytes_of(transfer.dtype, 1);
+    struct Run {
+      std::int64_t first;
+      std::uint64_t position;
+      std::int64_t count;
+    };
+    std::vector<Run> runs;
+    std::int64_t elements = 0;   // of them
     std::uint64_t total = 0;
-    Bytes whole;
-    transfer.for_each_numbered_run(first_touching(at, range.begin), transfer.elements_before(range.end), [&](std::int64_t first, std::uint64_t position, std::int64_t count) {
-      std::uint64_t const size = bytes_of(transfer.dtype, count), begin = std::max(position, range.begin), end = std::min(position + size, range.end);
-      if (begin >= end) return;
-      std::uint64_t const before = (begin - position) / width, behind = ceil_div(end - position, width);
-      if (before * width + position == begin && behind * width + position == end) {
-        transfer.source->produce(first + static_cast<std::int64_t>(before), static_cast<std::int64_t>(behind - before), out + (begin - range.begin));
+    Bytes made;
+    auto const put = [&] {
+      if (runs.empty()) return;
+      Run const& only = runs.front();
+      bool const direct = runs.size() == 1 && only.position >= range.begin && only.position + bytes_of(transfer.dtype, only.count) <= range.end;
+      if (direct) {
+        transfer.source->produce(only.first, only.count, out + (only.position - range.begin));
+        total += bytes_of(transfer.dtype, only.count);
       } else {
-        whole.resize(static_cast<std::size_t>((behind - before) * width));
-        transfer.source->produce(first + static_cast<std::int64_t>(before), static_cast<std::int64_t>(behind - before), whole.data());
-        std::memcpy(out + (begin - range.begin), whole.data() + (begin - position - before * width), static_cast<std::size_t>(end - begin));
+        made.resize(static_cast<std::size_t>(bytes_of(transfer.dtype, elements)));
+        transfer.source->produce(only.first, elements, made.data());
+        std::byte const* from = made.data();
+        for (Run const& run : runs) {
+          std::uint64_t const size = bytes_of(transfer.dtype, run.count), begin = std::max(run.position, range.begin), end = std::min(run.position + size, range.end);
+          if (begin < end) std::memcpy(out + (begin - range.begin), from + (begin - run.position), static_cast<std::size_t>(end - begin)), total += end - begin;
+          from += size;
+        }
       }
-      total += end - begin;
+      runs.clear();
+      elements = 0;
+    };
+    transfer.for_each_numbered_run(first_touching(at, range.begin), transfer.elements_before(range.end), [&](std::int64_t first, std::uint64_t position, std::int64_t count) {
+      // Of a long run only what the range has of it.
+      if (position < range.begin) {
+        std::int64_t const before = static_cast<std::int64_t>((range.begin - position) / width);
+        if (before >= count) return;
+        first += before, count -= before, position += static_cast<std::uint64_t>(before) * width;
+      }
+      if (position >= range.end) return;
+      count = std::min(count, static_cast<std::int64_t>(ceil_div(range.end - position, width)));
+      if (elements > 0 && bytes_of(transfer.dtype, elements + count) > together_bytes) put();
+      runs.push_back({first, position, count});
+      elements += count;
     });
+    put();
     return total;
   }
   // elements_before counts an element that the position cuts as before it; that one touches what follows.
