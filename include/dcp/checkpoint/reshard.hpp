@@ -72,7 +72,6 @@ Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, R
   agree(comm, "reshard: agree", [&] {
     source.devices = DevicesOfState::of(source.local_tensors, options.on);
     target.devices = DevicesOfState::of(target.local_tensors, options.on);
-    source.devices.warn(report.warnings);
   });
 
   watch.enter("plan");
@@ -222,6 +221,7 @@ Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, R
   for (auto const& value : comparison.values) report.values += value.stored != nullptr ? 1 : 0;
   report.missing = comparison.missing;
   report.unexpected = comparison.unexpected;
+  (source.devices.any() ? source : target).devices.warn(report.warnings);
   watch.collect(comm, report);
   return report;
 }
