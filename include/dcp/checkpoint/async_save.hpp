@@ -79,6 +79,7 @@ struct PendingSave {
   std::unique_ptr<Staging<>> staging{};     // until the copy is made
   bool without_event = false;               // some of what is on devices is copied piece by piece
   std::vector<typename DeviceSnapshot<>::Mark> marks{};   // behind copies that devices make
+  DevicesOfState devices{};
 
   /// The rest of the staging. Collective if the stager has left something to be done. Throws the same Error on all ranks.
   void wait_staged() {
@@ -200,6 +201,7 @@ struct PendingSave {
       throw;
     }
     report.warnings = save->warnings();
+    devices.warn(report.warnings);
     report.stall_seconds = std::ranges::max(all_gather_value(comm, report.stall_seconds));
     report.wait_staged_seconds = std::ranges::max(all_gather_value(comm, report.wait_staged_seconds));
     report.staged_bytes = all_reduce_sum(comm, save->staged_bytes());
@@ -275,6 +277,7 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
   if (planned->plan->recoding) prepare_recoding(comm, *planned->plan->recoding, planned->agreed, planned->plan->shares, settings, watch);
   pending->report.plan_reused = agreed.second;
   describe_saved(*planned, pending->report);
+  pending->devices = planned->agreed.devices;
 
   watch.enter("look");
   struct Opened {
@@ -353,6 +356,7 @@ std::shared_ptr<PendingSave<>> begin_save(CommRef comm, AnyStorage const& storag
         if (snapshot != nullptr) pending->marks = snapshot->marks();
         pending->without_event = snapshot == nullptr || planned->plan->recoding != nullptr;   // what is quantized is read when it is
       }
+      if (stager.deferred && planned->agreed.devices.shared()) pending->without_event = true;
       if (stager.guarded) pending->staging->remember();
     });
     stager.begin(*pending->staging);
@@ -385,7 +389,10 @@ class BasicStagedEvent {
  public:
   /// What is put into the stream from now on comes after the copies. Throws Error(device).
   void before(DeviceStream const& stream) const {
-    for (auto const& mark : marks_) stream.driver->order(stream.ordinal, stream.stream, *mark.made);
+    for (auto const& mark : marks_) {
+      if (mark.device->driver() == stream.driver) stream.driver->order(stream.ordinal, stream.stream, *mark.made);
+      else mark.device->wait_for(*mark.made);   // a stream knows no events of other kinds of devices
+    }
   }
   /// Whether the copies have been made. Throws Error(device) if they failed.
   bool done() const {
@@ -428,11 +435,12 @@ class [[nodiscard]] BasicPending {
   /// any rank threw, and so does wait() then.
   void wait_staged() { here().wait_staged(); }
   /// When tensors on devices may be changed, as an event for their streams; tensors on the host stay as they are until wait_staged(). With CopyStager they may be changed
-  /// already. Local. Throws Error(unsupported) where the copies are not put into streams: of states larger than staging_bytes, and of tensors that are quantized.
+  /// already. Local. Throws Error(unsupported) where the copies are not put into streams: of states larger than staging_bytes, of tensors that are quantized, and of memory
+  /// that the host and devices share.
   StagedEvent staged_event() const {
     auto const& save = here();
     if (save.without_event && save.staging && !save.staging->complete())
-      throw Error{ErrorCode::unsupported, "there is no event for this copy: the host makes it, piece by piece, until wait_staged() returns"}.with_hint("staging_bytes must hold all that the rank writes");
+      throw Error{ErrorCode::unsupported, "there is no event for this copy: the host makes it, piece by piece, until wait_staged() returns"}.with_hint("staging_bytes must hold all that the rank writes; what is quantized, and what lies in memory that the host shares with devices, is always copied by the host");
     return StagedEvent{save.marks};
   }
   /// Whether this rank's part has ended within `time`, well or not. Local.

@@ -166,6 +166,7 @@ class DeviceSource final : public ElementSource {
 struct PinnedArea {
   std::shared_ptr<std::byte> memory;
   std::size_t size = 0;
+  DeviceDriver const* pinned_by = nullptr;   // to others it is memory as any
 };
 
 /// What a save reads of devices, copied to pinned memory in the order of the program's streams. The copies are only put into lanes when this is made.
@@ -190,9 +191,9 @@ class DeviceSnapshot {
     if (total > most_bytes) return nullptr;
     if (total == 0) return std::make_shared<DeviceSnapshot>();
     DeviceHere const& first = *parts.front().source->device();
-    if (area.size < total) {
+    if (area.size < total || area.pinned_by != first.driver().get()) {
       area = {};
-      area = {first.driver()->pinned(first.ordinal(), static_cast<std::size_t>(total)), static_cast<std::size_t>(total)};
+      area = {first.driver()->pinned(first.ordinal(), static_cast<std::size_t>(total)), static_cast<std::size_t>(total), first.driver().get()};
     }
     auto snapshot = std::make_shared<DeviceSnapshot>();
     snapshot->memory_ = area.memory;
@@ -221,29 +222,31 @@ class DeviceSnapshot {
   std::vector<std::shared_ptr<DeviceLane>> lanes_;
 };
 
-/// A tensor whose memory is a device's, read box by box: of what a rank holds of it, each box with the memory of its first element.
+/// A tensor with memory of devices, read box by box: of what a rank holds of it, each box with the memory of its first element.
 template <class = Deferred>
 class DeviceTensor final : public TensorSource {
  public:
   struct Held {
     Box box;
     MemoryView memory;
+    std::shared_ptr<DeviceHere const> device;   // nullptr: the host's memory, of another tensor that this one is put together of
   };
-  DeviceTensor(std::shared_ptr<DeviceHere const> device, DType dtype, std::vector<Held> held) : device_{std::move(device)}, dtype_{dtype}, held_{std::move(held)} {}
+  DeviceTensor(DType dtype, std::vector<Held> held) : dtype_{dtype}, held_{std::move(held)} {}
   void read(Box const& box, std::byte* out) const override {
     for (auto const& held : held_) {
       Box part;
       if (!intersect(box, held.box, part)) continue;
-      if (part == box) return DeviceSource<>{device_, make_transfer(dtype_, dtype_, box, held.box, held.memory, box, 0)}.produce(0, box.shape.elements(), out);
+      if (part == box && held.device != nullptr) return DeviceSource<>{held.device, make_transfer(dtype_, dtype_, box, held.box, held.memory, box, 0)}.produce(0, box.shape.elements(), out);
       Bytes bytes(static_cast<std::size_t>(bytes_of(dtype_, static_cast<std::int64_t>(part.size()))));
-      DeviceSource<>{device_, make_transfer(dtype_, dtype_, part, held.box, held.memory, part, 0)}.produce(0, part.shape.elements(), bytes.data());
+      Transfer const here = make_transfer(dtype_, dtype_, part, held.box, held.memory, part, 0);
+      if (held.device != nullptr) DeviceSource<>{held.device, here}.produce(0, part.shape.elements(), bytes.data());
+      else here.for_each_run(0, here.end, [&](std::uint64_t at, std::byte const* run, std::size_t size) { std::memcpy(bytes.data() + at, run, size); });
       Transfer const there = make_transfer(dtype_, dtype_, part, part, {bytes.data(), row_major_strides(part.shape)}, box, 0);
       there.for_each_run(0, there.end, [&](std::uint64_t at, std::byte const* run, std::size_t size) { std::memcpy(out + at, run, size); });
     }
   }
 
  private:
-  std::shared_ptr<DeviceHere const> device_;
   DType dtype_;
   std::vector<Held> held_;
 };
@@ -295,6 +298,7 @@ class DevicesOfState {
         if (place.kind == MemoryKind::host) continue;
         if (place.kind != MemoryKind::device) {
           result.in_place_ = true;
+          result.shared_ = result.shared_ || place.kind == MemoryKind::shared;
           break;
         }
         auto const device = std::find_if(result.devices_.begin(), result.devices_.end(), [&](auto const& known) { return known->is(driver.get(), place.ordinal); });
@@ -322,6 +326,8 @@ class DevicesOfState {
   /// The device that tensor `t` is on; nullptr: its memory is the host's.
   std::shared_ptr<DeviceHere const> of(std::size_t t) const { return of_.empty() ? nullptr : of_[t]; }
   bool any() const { return !of_.empty(); }
+  /// Whether the host reads some where kernels of the program may write.
+  bool shared() const { return shared_; }
   /// What a report has to say.
   template <class = Deferred>
   void warn(std::vector<std::string>& warnings) const {
@@ -346,7 +352,7 @@ class DevicesOfState {
   }
 
   std::vector<std::shared_ptr<DeviceHere>> devices_, of_;
-  bool in_place_ = false;   // tensors that the host reads and writes where devices do
+  bool in_place_ = false, shared_ = false;   // tensors that the host reads and writes where devices do, and of those the ones in memory that is no host's alone
 };
 
 }  // namespace dcp::detail

@@ -39,7 +39,15 @@ void prepare_recoding(CommRef comm, Recoding const& recoding, AgreedState const&
     Workers<> workers{static_cast<std::size_t>(settings.threads)};
     for (auto const& [tensor, quantizer] : encoded) {
       std::vector<HeldElements::Held> held;
+      std::vector<DeviceTensor<>::Held> anywhere;   // the same, and whose memory each is
+      bool on_devices = false;
       std::shared_ptr<TensorSource const> source;
+      auto const hold_box = [&](std::uint32_t t, Box const& box, MemoryView const& memory) {
+        auto device = agreed.devices.of(t);
+        on_devices = on_devices || device != nullptr;
+        held.push_back({box, memory});
+        anywhere.push_back({box, memory, std::move(device)});
+      };
       auto const hold = [&](std::uint32_t t, auto visit) {
         StateEntry const* const local = agreed.local_tensors[t];
         if (local != nullptr) for_each_held_box(held_part(local->tensor->layout, comm.rank()), local->tensor->dtype, local->tensor->memory, visit);
@@ -51,22 +59,17 @@ void prepare_recoding(CommRef comm, Recoding const& recoding, AgreedState const&
             place_box(placed, box, box, memory, [&](Box const& at, Box const& whole, MemoryView const& there) {
               std::int64_t offset = 0;
               for (int d = 0; d < at.rank(); ++d) offset += (at.origin[d] - whole.origin[d]) * there.strides[d];
-              held.push_back({at, {there.data + static_cast<std::ptrdiff_t>(bytes_of(mapped.dtype, offset)), there.strides}});
+              hold_box(placed.tensor, at, {there.data + static_cast<std::ptrdiff_t>(bytes_of(mapped.dtype, offset)), there.strides});
             });
           });
         source = ArrangedSource<>::of(agreed, mapped);
       } else {
         std::uint32_t const t = agreed.arrangement ? agreed.arrangement->from[tensor].from[0].tensor : tensor;
-        hold(t, [&](Box const& box, MemoryView const& memory) { held.push_back({box, memory}); });
+        hold(t, [&](Box const& box, MemoryView const& memory) { hold_box(t, box, memory); });
         if (agreed.local_tensors[t] != nullptr) source = agreed.local_tensors[t]->tensor->source;
       }
-      std::uint32_t const first = agreed.arrangement ? (agreed.arrangement->from[tensor].from.empty() ? 0 : agreed.arrangement->from[tensor].from[0].tensor) : tensor;
       Quantizer& here = *quantizer;
-      if (auto device = agreed.devices.of(first)) {   // as are all that one tensor is made of
-        std::vector<DeviceTensor<>::Held> on_device;
-        for (auto const& [box, memory] : held) on_device.push_back({box, memory});
-        source = std::make_shared<DeviceTensor<>>(std::move(device), here.elements().dtype(), std::move(on_device));
-      }
+      if (on_devices) source = std::make_shared<DeviceTensor<>>(here.elements().dtype(), std::move(anywhere));
       here.elements().hold(std::move(held), std::move(source));
       here.begin();
       for (auto& box : here.units()) {

@@ -69,7 +69,6 @@ Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, R
   });
   AgreedState const source = agree_state(comm, "reshard: agree", from, report.options, true, {}, options.on);
   AgreedState const target = agree_state(comm, "reshard: agree", to, report.options, false, {}, options.on);
-  source.devices.warn(report.warnings);
 
   watch.enter("plan");
   // The source as a catalog: what is there, without saying where.
@@ -218,6 +217,7 @@ Report reshard_state(CommRef comm, StateDict const& from, StateDict const& to, R
   for (auto const& value : comparison.values) report.values += value.stored != nullptr ? 1 : 0;
   report.missing = comparison.missing;
   report.unexpected = comparison.unexpected;
+  (source.devices.any() ? source : target).devices.warn(report.warnings);
   watch.collect(comm, report);
   return report;
 }

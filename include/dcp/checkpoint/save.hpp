@@ -168,6 +168,9 @@ class CrcSource final : public ElementSource {
     for (auto const at : literal_.at) std::memcpy(bytes.data() + at, &crc, sizeof crc);
     std::memcpy(out, bytes.data() + first, static_cast<std::size_t>(count));
   }
+  bool copied() const override {
+    return std::all_of(data_.begin(), data_.end(), [](Transfer const& transfer) { return transfer.source != nullptr && transfer.source->copied(); });
+  }
 
  private:
   CrcLiteral const& literal_;   // of the file plan
