@@ -33,6 +33,16 @@ else()
   endif()
 endif()
 
+if(NOT DEFINED dcp_cuda_runs)   # whether there is a CUDA device
+  set(dcp_cuda_runs FALSE)
+  if(TARGET dcp::cuda AND DCP_BUILD_TESTS)
+    try_run(dcp_cuda_status dcp_cuda_compiles ${PROJECT_BINARY_DIR}/cuda_probe ${PROJECT_SOURCE_DIR}/tests/support/cuda_probe.cpp LINK_LIBRARIES CUDA::cudart)
+    if(dcp_cuda_compiles AND dcp_cuda_status STREQUAL "0")
+      set(dcp_cuda_runs TRUE)
+    endif()
+  endif()
+endif()
+
 # Says, at the end of tests/run.sh, that something of a part is not tested, and why.
 function(dcp_not_run part what why)
   if(NOT part IN_LIST DCP_TEST_PARTS)

@@ -458,4 +458,5 @@ def chart(rows, machine):
     return "\n".join(out) + "\n"
 
 
-main()
+if __name__ == "__main__":   # gpu.py uses what is above
+    main()
