@@ -42,7 +42,7 @@ set(confined
     "^liburing"                        "io/uring.hpp"
     "^curl/"                           "io/s3_client.hpp"
     "^(Eigen|unsupported/Eigen)/"      "ext/eigen.hpp")
-set(optional_headers comm/mpi.hpp comm/nccl.hpp device/cuda.hpp io/uring.hpp media/uring_fs.hpp io/s3_client.hpp media/object_store.hpp ext/eigen.hpp)
+set(optional_headers comm/mpi.hpp comm/nccl.hpp device/cuda.hpp device/cuda_decoders.cuh io/uring.hpp media/uring_fs.hpp io/s3_client.hpp media/object_store.hpp ext/eigen.hpp)
 set(lowest_json_floor 2)
 
 set(problems "")
@@ -60,14 +60,14 @@ foreach(header IN LISTS headers)
   set(edges_${header} "")
   if(header STREQUAL "dcp.hpp")
     set(folder roof)
-  elseif(header MATCHES "^([a-z]+)/[a-z0-9_]+\\.hpp$")
+  elseif(header MATCHES "^([a-z]+)/[a-z0-9_]+\\.(hpp|cuh)$")
     set(folder ${CMAKE_MATCH_1})
     if(NOT folder IN_LIST folders)
       problem("dcp/${header}: ${folder}/ is no floor of this house")
       continue()
     endif()
   else()
-    problem("dcp/${header}: headers are dcp.hpp and <folder>/<name>.hpp")
+    problem("dcp/${header}: headers are dcp.hpp and <folder>/<name>.hpp (.cuh for nvcc alone)")
     continue()
   endif()
 
@@ -118,7 +118,7 @@ foreach(header IN LISTS headers)
       problem("${where}: <${name}> does not exist")
       continue()
     endif()
-    if(target IN_LIST optional_headers AND NOT "${header} ${target}" MATCHES "^(media/uring_fs\\.hpp io/uring\\.hpp|media/object_store\\.hpp io/s3_client\\.hpp)$")   # one component
+    if(target IN_LIST optional_headers AND NOT "${header} ${target}" MATCHES "^(device/cuda_decoders\\.cuh device/cuda\\.hpp|media/uring_fs\\.hpp io/uring\\.hpp|media/object_store\\.hpp io/s3_client\\.hpp)$")   # one component
       problem("${where}: <${name}> needs an optional dependency; only users include it")
     endif()
     list(APPEND edges_${header} ${target})

@@ -28,7 +28,7 @@ set(dcp_s3_arguments "")
 set(dcp_s3_target CURL::libcurl)
 set(dcp_s3_debian libcurl4-openssl-dev)
 
-set(dcp_cuda_headers device/cuda.hpp)
+set(dcp_cuda_headers device/cuda.hpp device/cuda_decoders.cuh)
 set(dcp_cuda_package CUDAToolkit)
 set(dcp_cuda_arguments "")
 set(dcp_cuda_target CUDA::cudart)

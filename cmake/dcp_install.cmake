@@ -26,7 +26,7 @@ if(TARGET dcp_saver)
   export(EXPORT dcp_saver_targets NAMESPACE dcp:: FILE ${PROJECT_BINARY_DIR}/dcp_saver_targets.cmake)
 endif()
 if(CMAKE_VERSION VERSION_LESS 3.23)
-  install(DIRECTORY ${PROJECT_SOURCE_DIR}/include/dcp DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MATCHING PATTERN *.hpp)
+  install(DIRECTORY ${PROJECT_SOURCE_DIR}/include/dcp DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MATCHING PATTERN *.hpp PATTERN *.cuh)
 endif()
 
 configure_package_config_file(cmake/dcpConfig.cmake.in ${PROJECT_BINARY_DIR}/dcpConfig.cmake INSTALL_DESTINATION ${dcp_package_dir}

@@ -21,6 +21,8 @@
 #include "support/random_parts.hpp"
 #include "support/simulated_device.hpp"
 
+#include <cmath>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -206,7 +208,144 @@ struct Floats {
   std::byte* address;
 };
 
+/// Saves tensors in a scheme and loads them, cut as it comes, to the host, and to devices that decode and devices that do not.
+template <class Scheme>
+void check_decoding(std::string const& suffix, bool has_kernels, std::int64_t column_grain = 1) {
+  using S = dcp::Quantized<Scheme, Files>;
+  std::uint64_t const base_seed = dcp::test::first_seed();
+  int decoded = 0, copied = 0;
+  for (int round = 0; round < dcp::test::rounds(12, 600); ++round) {
+    std::uint64_t const seed = base_seed + static_cast<std::uint64_t>(round);
+    CAPTURE(seed);
+    Generator random{seed};
+    std::vector<Subject> subjects;
+    for (std::int64_t i = 0, count = 1 + random.up_to(2); i < count; ++i) {
+      auto const some = [&](std::int64_t most) { return 1 + random.up_to(most - 1); };
+      std::int64_t const rows = random.chance(20) ? 300 + some(200) : some(150), columns = 2 * column_grain * some((random.chance(20) ? 2000 : 300) / column_grain);
+      subjects.push_back({"layer." + std::to_string(i) + suffix, dcp::DType::f32, random.chance(40) ? dcp::Extents{some(4), rows / 4 + 1, columns} : dcp::Extents{rows, columns}});
+    }
+    dcp::Memory store;
+    {
+      dcp::StateDict state;
+      std::vector<dcp::Layout> layouts;
+      for (auto const& subject : subjects) layouts.push_back(dcp::plain_layout(subject.shape));
+      auto held = dcp::test::hold(subjects, layouts, 0, 0, state);
+      for (auto& part : held)
+        for (std::size_t at = 0; at + 4 <= part.memory.size(); at += 4) {
+          float const value = std::ldexp(static_cast<float>(random.up_to(2000) - 1000), static_cast<int>(random.up_to(12)) - 20);
+          std::memcpy(part.memory.data() + at, &value, 4);
+        }
+      dcp::SelfComm self;
+      dcp::SaveOptions<S> save;
+      save.storage.group = 2 * column_grain;
+      save.storage.quantize = [](std::string_view, dcp::DType, dcp::Extents const&) { return true; };
+      dcp::save<S>(self, {store, "ckpt"}, state, save);
+    }
+    for (auto& subject : subjects) subject.dtype = random.pick(std::vector<dcp::DType>{dcp::DType::f32, dcp::DType::bf16, dcp::DType::f16});
+    int const readers = static_cast<int>(1 + random.up_to(2)), mixed = random.chance(30) ? 2 : 0;
+    auto const layouts = layouts_of(random, subjects, readers);
+    auto const pitch = static_cast<std::uint64_t>(random.up_to(2));
+    bool const once = random.chance(40), full = random.chance(30), eager = random.chance(30);
+    std::mutex mutex;
+    std::map<int, std::vector<dcp::Bytes>> on_host;
+    std::map<int, std::uint64_t> verified;
+    for (int const kernels : {-1, 0, 1}) {   // -1: on the host
+      Devices devices{2, seed};
+      devices.api->decodes(kernels == 1);
+      if (eager) devices.api->eager(4);
+      std::string wrong;
+      bool any_there = false;
+      dcp::run_threads(readers, [&](dcp::ThreadComm& world) {
+        dcp::StateDict state;
+        auto held = dcp::test::hold(subjects, layouts, world.rank(), pitch, state);
+        dcp::LoadOptions<S> load;
+        load.read_once = once;
+        load.verify = full ? dcp::Verify::full : dcp::Verify::standard;
+        load.threads = 1 + world.rank();
+        dcp::Report report;
+        if (kernels < 0) {
+          report = dcp::load<S>(world, {store, "ckpt"}, state, load);
+        } else {
+          OnDevice here{devices, world.rank() % 2, held, mixed};
+          here.upload();
+          load.on = here.on();
+          report = dcp::load<S>(world, {store, "ckpt"}, here.state, load);
+          here.download();
+          devices.api->drain();
+          here.download();
+        }
+        std::lock_guard const lock{mutex};
+        std::vector<dcp::Bytes> bytes;
+        for (std::size_t i = 0; i < held.size(); ++i) {
+          bytes.push_back(held[i].memory);
+          any_there = any_there || ((mixed == 0 || i % 2 != 0) && held[i].part.elements() > 0);
+        }
+        if (kernels < 0) on_host[world.rank()] = std::move(bytes), verified[world.rank()] = report.verified_bytes;
+        else if (bytes != on_host[world.rank()]) wrong = "rank " + std::to_string(world.rank()) + " has something else";
+        else if (report.verified_bytes != verified[world.rank()]) wrong = "not the same bytes are verified";
+      });
+      REQUIRE(wrong == "");
+      int const works = devices.api->calls("decode"), copies = devices.api->calls("copy") + devices.api->calls("copy_rows");
+      if (kernels == 1 && has_kernels && !once) CHECK(copies == 0);   // nothing came there decoded
+      if (kernels == 1 && has_kernels && any_there && !once) CHECK(works > 0);
+      if (!has_kernels) CHECK(works == 0);
+      if (kernels == 1) decoded += works;
+      if (kernels == 0) copied += copies;
+    }
+  }
+  CHECK((decoded > 0) == has_kernels);
+  CHECK(copied > 0);
+}
+
 }  // namespace
+
+TEST_CASE("law: what devices decode, of any scheme and any cut, is bit for bit what the host decodes") {
+  check_decoding<dcp::Fp8Block<128, 128>>(".weight", true);
+  check_decoding<dcp::Fp8Block<16, 24>>(".weight", true);
+  check_decoding<dcp::Fp8Channel>(".weight", true);
+  check_decoding<dcp::Fp8Tensor>(".weight", true);
+  check_decoding<dcp::Mxfp8>(".weight", true, 16);
+  check_decoding<dcp::Mxfp4>(".weight", true, 16);
+  check_decoding<dcp::Mxfp4>(".experts", true, 16);   // in blocks, as gpt-oss has them
+  check_decoding<dcp::Int8Channel>(".weight", true);
+  check_decoding<dcp::Int8Group>(".weight", true, 3);
+  check_decoding<dcp::Nvfp4>(".weight", false, 16);
+}
+
+TEST_CASE("a kernel that cannot be started or fails, and memory that cannot be pinned") {
+  using S = dcp::Quantized<dcp::Fp8Channel, Files>;
+  dcp::SelfComm self;
+  dcp::Memory store;
+  auto const values = numbers(512 * 1024);
+  for (std::string const what : {"fine", "decode", "run", "pageable"}) {
+    CAPTURE(what);
+    Devices devices{1};
+    devices.api->decodes(true);
+    if (what == "pageable") devices.api->limit_pinned(0);
+    Floats const weight{devices, 0, {512, 1024}, values}, loaded{devices, 0, {512, 1024}, std::vector<float>(values.size(), -1)};
+    auto const stream = devices.api->create_user_stream(0);
+    std::vector<dcp::DeviceStream> const on{{devices.driver, 0, devices.api->handle(stream)}};
+    dcp::StateDict from, to;
+    weight.add_to(from, "w.weight");
+    loaded.add_to(to, "w.weight");
+    dcp::save<S>(self, {store, what}, from, {.on = on});
+    dcp::StateDict host;
+    std::vector<float> expected(values.size());
+    host.add_tensor("w.weight", dcp::DType::f32, dcp::plain_layout({512, 1024}), {reinterpret_cast<std::byte*>(expected.data()), dcp::row_major_strides({512, 1024})});
+    dcp::load<S>(self, {store, what}, host);
+    if (what == "decode" || what == "run") devices.api->fail(what, 1, 700);
+    auto const error = dcp::test::error_of([&] { dcp::load<S>(self, {store, what}, to, {.on = on}); });
+    REQUIRE(error.has_value() == (what == "decode" || what == "run"));
+    if (error) {
+      CHECK(error->code() == dcp::ErrorCode::device);
+      devices.api->fail_nothing();
+      auto const fresh = devices.api->create_user_stream(0);
+      dcp::load<S>(self, {store, what}, to, {.on = {{devices.driver, 0, devices.api->handle(fresh)}}});
+    }
+    CHECK(loaded.now() == expected);
+    CHECK((devices.api->calls("decode") > 0) == (what != "pageable"));
+  }
+}
 
 TEST_CASE("law: a state on devices, written late by their streams, is saved as it will be, and loaded onto other devices, meshes and placements, bit for bit") {
   int const rounds = dcp::test::rounds(40, 2000);
@@ -395,8 +534,6 @@ TEST_CASE("a deferred save of tensors on devices returns before any copy is made
     dcp::Memory store;
     int const ranks = static_cast<int>(1 + random.up_to(3));
     auto const layouts = layouts_of(random, subjects, ranks), read_layouts = layouts_of(random, subjects, 1);
-    std::mutex mutex;
-    std::string wrong;
     dcp::run_threads(ranks, [&](dcp::ThreadComm& world) {
       dcp::StateDict unused;
       auto held = dcp::test::hold(subjects, layouts, world.rank(), 1, unused);

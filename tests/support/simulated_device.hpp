@@ -13,6 +13,7 @@
 #include "support/simulated_work.hpp"
 
 #include <dcp/base/bytes.hpp>
+#include <dcp/device/decode_elements.hpp>
 #include <dcp/device/streams.hpp>
 
 #include <algorithm>
@@ -154,6 +155,18 @@ class SimulatedApi {
       return put_copy({static_cast<std::byte*>(to), to_pitch, static_cast<std::byte const*>(from), from_pitch, bytes, rows}, stream);
     });
   }
+  /// What threads of a device would do, one after the other.
+  int decode(DeviceDecode const& work, Stream stream, bool& has_kernel) {
+    return call("decode", [&] {
+      has_kernel = decodes_;
+      if (!has_kernel) return success;
+      Queue* const queue = find(stream);
+      if (queue == nullptr) return invalid_handle;
+      if (int const status = usable(*queue); status != success) return status;
+      work_.put(*queue, [this, work] { return run(work); });
+      return success;
+    });
+  }
   int allocate_pinned(void*& address, std::size_t bytes) {
     return call("allocate_pinned", [&] {
       if (work_.lost(current_device())) return lost_device;
@@ -258,7 +271,7 @@ class SimulatedApi {
 
   // --- what goes wrong
   /// The `nth` next call of that name (1 is the next) has this status and does nothing. "transfer" is a copy when it is done: it stops in the middle, and its
-  /// stream keeps the status.
+  /// stream keeps the status; "run" is a kernel that decodes, when it is run.
   void fail(std::string const& call, int nth, int status) {
     locked([&] { failures_[call] = {nth, status}; });
   }
@@ -270,6 +283,10 @@ class SimulatedApi {
   }
   void limit_pinned(std::size_t bytes) {
     locked([&] { pinned_limit_ = bytes; });
+  }
+  /// Whether it has kernels that decode.
+  void decodes(bool has_kernels) {
+    locked([&] { decodes_ = has_kernels; });
   }
   /// From now on one call in so many also does some work that nobody has waited for, as real devices do; 0: none.
   void eager(unsigned one_in) {
@@ -404,6 +421,34 @@ class SimulatedApi {
     return status;
   }
 
+  // --- kernels that decode
+  int run(DeviceDecode work) {
+    auto const pinned = [&](std::byte const* at, std::uint64_t bytes) {
+      auto const* const part = memory_.find(at);
+      return part != nullptr && part->place.kind == MemoryKind::pinned && memory_.inside(at, static_cast<std::size_t>(bytes));
+    };
+    if (int const status = injected("run"); status != success) return status;
+    if (!pinned(work.codes, work.code_bytes) || !pinned(work.scales, work.scale_bytes)) return illegal_address;
+    // What the threads write lies between these, as strides may be negative.
+    std::ptrdiff_t first = 0, last = 0;
+    for (auto const* axis : {&work.planes, &work.rows, &work.columns}) {
+      std::ptrdiff_t const end = (static_cast<std::ptrdiff_t>(axis->count) - 1) * axis->values * (work.value == DeviceDecode::Values::float32 ? 4 : 2);
+      (end < 0 ? first : last) += end;
+    }
+    std::byte* const begin = work.values + first;
+    auto const* const part = memory_.find(begin);
+    if (part == nullptr || part->place.kind != MemoryKind::device || !memory_.inside(begin, static_cast<std::size_t>(last - first))) return illegal_address;
+    work.values = memory_.reach(begin, static_cast<std::size_t>(last - first)) - first;
+    detail::with_decode_run(work, [&](auto type) {
+      using Run = typename decltype(type)::type;
+      auto const grid = detail::DecodeGrid::of<Run>(work);
+      for (std::uint32_t y = 0; y < grid.blocks_down * grid.down; ++y)
+        for (std::uint32_t x = 0; x < grid.blocks_across * grid.across; ++x) detail::decode_thread<Run>(work, grid, x, y);
+      return true;
+    });
+    return success;
+  }
+
   mutable std::recursive_mutex mutex_;   // kernels of tests call, too
   std::condition_variable_any released_;
   int const devices_;
@@ -419,8 +464,9 @@ class SimulatedApi {
   std::set<int> contexts_;
   std::size_t pinned_ = 0, pinned_limit_ = SIZE_MAX;
   unsigned eager_ = 0;
+  bool decodes_ = false;
 };
 
-static_assert(dcp::detail::StreamApi<SimulatedApi>);
+static_assert(dcp::detail::StreamApi<SimulatedApi> && dcp::detail::DecodingApi<SimulatedApi>);
 
 }  // namespace dcp::test

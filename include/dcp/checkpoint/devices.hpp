@@ -5,6 +5,7 @@
 #include <dcp/base/config.hpp>
 #include <dcp/base/problems.hpp>
 #include <dcp/base/threading.hpp>
+#include <dcp/core/encoding.hpp>
 #include <dcp/core/state_dict.hpp>
 #include <dcp/device/driver.hpp>
 #include <dcp/plan/transfer.hpp>
@@ -16,6 +17,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -103,6 +105,97 @@ void copy_elements(DeviceLane& lane, bool to_host, DType dtype, Extents const& s
       done += bytes * static_cast<std::size_t>(rows);
     });
   });
+}
+
+/// Whether devices may have kernels that decode to memory of `dtype`.
+template <class = Deferred>
+bool decodes_on_devices(Encoding const& encoding, DType dtype) {
+  if (encoding.scaled_codes() == ScaledCodes::none || encoding.parts()[0].grid.flat_each > 0 || encoding.parts()[1].grid.flat_each > 0) return false;
+  DType const scale = encoding.parts()[1].dtype;
+  return (dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16) && (scale == DType::f32 || scale == DType::bf16 || scale == DType::f16 || scale == DType::f8_e8m0);
+}
+
+/// Has a device decode `box` to memory of its, whose first element is that of the box. Only puts that into the lane, from whose buffers the device reads the parts.
+/// False, and nothing was done: decodes_on_devices() says no, or the lane does, or memory is not aligned, or the box or what a scale covers is larger than kernels count.
+/// Pre: encoding.check_scales() throws nothing.
+template <class = Deferred>
+bool decode_by(DeviceLane& lane, Encoding const& encoding, Box const& box, std::span<PartBytes const> given, DType dtype, MemoryView const& memory) {
+  using Axis = DeviceDecode::Axis;
+  if (!decodes_on_devices(encoding, dtype)) return false;
+  EncodedPart const &codes = encoding.parts()[0], &scales = encoding.parts()[1];
+  auto const width = static_cast<std::int64_t>(bits_of(dtype) / 8), scale_width = static_cast<std::int64_t>(bits_of(scales.dtype) / 8);
+  if (reinterpret_cast<std::uintptr_t>(memory.data) % static_cast<std::uintptr_t>(width) != 0) return false;
+  DeviceDecode work;
+  ScaledCodes const kind = encoding.scaled_codes();
+  work.code = kind == ScaledCodes::e4m3 ? DeviceDecode::Codes::e4m3 : kind == ScaledCodes::e5m2 ? DeviceDecode::Codes::e5m2 : kind == ScaledCodes::i8 ? DeviceDecode::Codes::i8 : DeviceDecode::Codes::e2m1;
+  work.scale = scales.dtype == DType::f32 ? DeviceDecode::Scales::float32 : scales.dtype == DType::bf16 ? DeviceDecode::Scales::bfloat16 : scales.dtype == DType::f16 ? DeviceDecode::Scales::float16 : DeviceDecode::Scales::e8m0;
+  work.value = dtype == DType::f32 ? DeviceDecode::Values::float32 : dtype == DType::bf16 ? DeviceDecode::Values::bfloat16 : DeviceDecode::Values::float16;
+  work.codes = given[0].data;
+  work.code_bytes = bytes_of(codes.dtype, static_cast<std::int64_t>(given[0].box.size()));
+  work.values = memory.data;
+
+  // The dimensions, innermost first; those that go on where the one inside ends are one with it.
+  constexpr std::int64_t most = INT32_MAX;
+  Extents const code_strides = row_major_strides(given[0].box.shape), scale_strides = row_major_strides(given[1].box.shape);
+  std::int64_t const in_byte = kind == ScaledCodes::e2m1 ? 2 : 1;
+  std::int64_t first_scale = 0;
+  std::vector<Axis> axes;
+  int const last = box.rank() - 1;
+  for (int d = std::max(last, 0); d >= 0; --d) {
+    std::int64_t const count = last < 0 ? 1 : box.shape[d];
+    if (count > most) return false;
+    Axis axis{.count = static_cast<std::uint32_t>(count), .group = static_cast<std::uint32_t>(std::max<std::int64_t>(1, count))};
+    if (last >= 0) {
+      std::int64_t const origin = box.origin[d] - given[0].box.origin[d] * codes.grid.axes[static_cast<std::size_t>(d)].each;
+      axis.codes = d == last ? 1 : code_strides[d] * in_byte;
+      axis.values = memory.strides[d];
+      work.first_code += origin * axis.codes;
+      for (std::size_t a = 0; a < scales.grid.axes.size(); ++a) {
+        auto const [dim, each] = scales.grid.axes[a];
+        if (dim != d) continue;
+        if (each > most) return false;
+        axis.group = static_cast<std::uint32_t>(each);
+        axis.begun = static_cast<std::uint32_t>(box.origin[d] % each);
+        axis.scales = scale_strides[static_cast<int>(a)];
+        first_scale += (box.origin[d] / each - given[1].box.origin[static_cast<int>(a)]) * axis.scales;
+      }
+    }
+    if (axes.size() > 1 && count == 1) continue;
+    if (axes.size() > 1) {
+      Axis& inner = axes.back();
+      bool const same_scales = inner.scales == 0 && axis.scales == 0, own_scales = inner.group == 1 && axis.group == 1 && axis.scales == inner.scales * static_cast<std::int64_t>(inner.count);
+      bool const goes_on = axis.codes == inner.codes * static_cast<std::int64_t>(inner.count) && axis.values == inner.values * static_cast<std::int64_t>(inner.count);
+      if (inner.count == 1 || (goes_on && (same_scales || own_scales) && inner.count <= most / count)) {
+        if (inner.count > 1) axis = {.count = inner.count * axis.count, .codes = inner.codes, .values = inner.values, .group = same_scales ? inner.count * axis.count : 1, .begun = 0, .scales = inner.scales};
+        inner = axis;
+        continue;
+      }
+    }
+    axes.push_back(axis);
+  }
+  work.columns = axes[0];
+  if (axes.size() > 1) work.rows = axes[1];
+  if (axes.size() > 2) work.planes = axes[2];
+  if (static_cast<std::int64_t>(work.rows.count) * static_cast<std::int64_t>(work.planes.count) > most) return false;
+  // What is left lies outside of planes: each of them is work of its own.
+  Extents sizes = Extents::filled(std::max(0, static_cast<int>(axes.size()) - 3), 0);
+  for (int d = 0; d < sizes.rank(); ++d) sizes[d] = axes[static_cast<std::size_t>(d) + 3].count;
+  DeviceDecode const first = work;
+  bool done = true;
+  for_each_index(Box::whole(sizes), sizes.rank(), [&](Extents const& index) {
+    work = first;
+    std::int64_t scale = first_scale;
+    for (int d = 0; d < sizes.rank(); ++d) {
+      Axis const& axis = axes[static_cast<std::size_t>(d) + 3];
+      work.first_code += index[d] * axis.codes;
+      work.values += index[d] * axis.values * width;
+      scale += (index[d] + axis.begun) / axis.group * axis.scales;
+    }
+    work.scales = given[1].data + scale * scale_width;
+    work.scale_bytes = bytes_of(scales.dtype, static_cast<std::int64_t>(given[1].box.size()) - scale);
+    done = done && lane.decode(work);
+  });
+  return done;
 }
 
 /// The elements of a transfer whose memory is a device's.

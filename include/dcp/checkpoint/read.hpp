@@ -7,7 +7,8 @@
 // chunk is known: the header, and tensors that are not loaded; that rank reads it. Runs that replicas read too are compared with
 // theirs (different nodes may read different copies) and counted once.
 //
-// What is decoded is read in tiles: what a tile needs of the parts of its tensor goes to scratch memory, and is decoded from there while it is in cache.
+// What is decoded is read in tiles: what a tile needs of the parts of its tensor goes to scratch memory, and is decoded from there while it is in cache. Where it is to be on a
+// device that has a kernel for it, it goes to pinned memory, and the device decodes it from there.
 
 #include <dcp/base/algorithms.hpp>
 #include <dcp/base/config.hpp>
@@ -164,6 +165,7 @@ class Reader {
       std::shared_ptr<DeviceHere const> device;
       std::shared_ptr<DeviceLane> lane;
       int which = 0;
+      bool decodes = true;   // until it says that it cannot
     };
     std::vector<Reach> reaches;
 
@@ -419,12 +421,22 @@ class Reader {
     std::uint64_t const bytes = for_each_part(encoding, tile.box, [](std::size_t, Box const&, std::uint64_t) {});
     if (bytes > settings_.memory_bytes / 2 / budget_.threads)
       throw Error{ErrorCode::budget, tensor.name + ": " + std::to_string(bytes) + " bytes of its parts are needed at once, more than the memory budget has for each of " + std::to_string(budget_.threads) + " threads"};
-    if (scratch.size() < bytes) scratch = Bytes(static_cast<std::size_t>(bytes));
+    // What the device decodes is read to where it reads that from.
+    auto* by_device = decode.device != nullptr && decodes_on_devices(encoding, decode.memory_dtype) ? &hands.reach(decode.device) : nullptr;
+    if (by_device != nullptr && !by_device->decodes) by_device = nullptr;
+    std::byte* parts = nullptr;
+    if (by_device != nullptr) {
+      parts = by_device->lane->buffer(by_device->which, static_cast<std::size_t>(bytes)).data();
+      by_device->which = 1 - by_device->which;
+    } else {
+      if (scratch.size() < bytes) scratch = Bytes(static_cast<std::size_t>(bytes));
+      parts = scratch.data();
+    }
     std::map<std::uint32_t, std::vector<Run>> runs;   // of each file
     std::vector<PartBytes> given(encoding.parts().size());
     for_each_part(encoding, tile.box, [&](std::size_t p, Box const& box, std::uint64_t at) {
       EncodedPart const& part = encoding.parts()[p];
-      MemoryView const memory{scratch.data() + at, row_major_strides(box.shape)};
+      MemoryView const memory{parts + at, row_major_strides(box.shape)};
       given[p] = {memory.data, box};
       Box const owned = part.shape.rank() == 0 ? box : part.grid.owned(tile.box, encoding.shape(), part.shape);
       bool const owns_any = decode.counts && (part.shape.rank() > 0 || PartGrid::owns_scalar(tile.box));
@@ -456,25 +468,32 @@ class Reader {
     }
     std::int64_t at = 0;
     for (int d = 0; d < tile.box.rank(); ++d) at += (tile.box.origin[d] - decode.held.origin[d]) * decode.memory.strides[d];
+    MemoryView const memory{decode.memory.data + static_cast<std::ptrdiff_t>(bytes_of(decode.memory_dtype, at)), decode.memory.strides};
+    if (by_device != nullptr) {
+      in_checkpoint([&] { encoding.check_scales(given[1]); });
+      by_device->lane->finish();   // what is decoded from the other buffer
+      if (decode_by(*by_device->lane, encoding, tile.box, given, decode.memory_dtype, memory)) return;
+      by_device->decodes = false;
+    }
     if (decode.device != nullptr) return decode_to_device(tile, given, hands);
+    in_checkpoint([&] { encoding.decode(tile.box, given, decode.memory_dtype, memory); });
+  }
+
+  template <class F>
+  void in_checkpoint(F f) const {
     try {
-      encoding.decode(tile.box, given, decode.memory_dtype, {decode.memory.data + static_cast<std::ptrdiff_t>(bytes_of(decode.memory_dtype, at)), decode.memory.strides});
+      f();
     } catch (Error& error) {
       throw error.with_path(opened_.directory);
     }
   }
-
   // As it is decoded it is dense in pinned memory, from where it is copied on.
   void decode_to_device(Tile const& tile, std::vector<PartBytes> const& given, Hands& hands) {
     Decode const& decode = decodes_[tile.decode];
     auto& reach = hands.reach(decode.device);
     ByteSpan const dense = reach.lane->buffer(reach.which, static_cast<std::size_t>(bytes_of(decode.memory_dtype, tile.box.shape.elements())));
     reach.which = 1 - reach.which;
-    try {
-      decode.tensor->encoding->decode(tile.box, given, decode.memory_dtype, {dense.data(), row_major_strides(tile.box.shape)});
-    } catch (Error& error) {
-      throw error.with_path(opened_.directory);
-    }
+    in_checkpoint([&] { decode.tensor->encoding->decode(tile.box, given, decode.memory_dtype, {dense.data(), row_major_strides(tile.box.shape)}); });
     reach.lane->finish();   // what is copied from the other buffer
     Transfer const transfer = make_transfer(decode.memory_dtype, decode.memory_dtype, tile.box, decode.held, decode.memory, tile.box, 0);
     copy_elements(*reach.lane, false, transfer.memory_dtype, transfer.shape, transfer.memory, 0, transfer.end, dense.data());

@@ -120,6 +120,9 @@ struct PartBytes {
   Box box;
 };
 
+/// What the codes of an encoding are, of which every element is its code times the scale of its group, in float, and nothing else.
+enum class ScaledCodes : std::uint8_t { none, e4m3, e5m2, i8, e2m1 };   // none: the encoding is something else. E2M1: two in a byte, of neighbours in the last dimension, the even one low
+
 /// How a tensor is made of its parts. Immutable; used by several threads at once.
 class Encoding {
  public:
@@ -139,6 +142,11 @@ class Encoding {
   /// Law       a box of the tensor is, bit for bit, that box of the whole
   /// Throws    Error(quant_mismatch) for codes and scales that the scheme does not have
   virtual void decode(Box const& box, std::span<PartBytes const> parts, DType dtype, MemoryView const& memory) const = 0;
+
+  /// For those who decode elsewhere what is as simple as that: parts 0 and 1 are codes and scales, none of which is zero.
+  virtual ScaledCodes scaled_codes() const { return ScaledCodes::none; }
+  /// Throws what decode() would for these scales.
+  virtual void check_scales(PartBytes const& /*scales*/) const {}
 
   /// Whether any box needs all of the parts, and much work on them: it is then decoded at once, in memory that holds them.
   virtual bool whole() const { return false; }

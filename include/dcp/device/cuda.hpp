@@ -4,6 +4,7 @@
 //
 // To have it   include this header in one file of the program; nothing else is to be done. A program with it also runs where there is no
 //              GPU, and no driver: all memory is the host's there.
+// To decode    what is quantized on the device, include device/cuda_decoders.cuh in one file that nvcc compiles; else the host decodes
 // Borrowed     the streams and the memory of the program. Nothing is ever put into a stream of the program's but events, and waits for
 //              events of the library's; the legacy stream and the per-thread stream are streams of the program's, never of the library's.
 // Allocated    on the device: nothing. On the host: pinned memory, see streams.hpp. A context: on devices that tensors or streams belong
@@ -139,6 +140,14 @@ class CudaApi {
     return 0;
   }
 
+  /// What device/cuda_decoders.cuh brings, if a file of the program includes that.
+  using Decoder = int (*)(DeviceDecode const& work, cudaStream_t stream, bool& has_kernel);
+  static void use(Decoder decoder) { decoder_ = decoder; }
+  int decode(DeviceDecode const& work, cudaStream_t stream, bool& has_kernel) {
+    Decoder const decoder = decoder_;
+    return decoder == nullptr ? 0 : decoder(work, stream, has_kernel);
+  }
+
   int allocate_pinned(void*& memory, std::size_t bytes) { return static_cast<int>(cudaHostAlloc(&memory, bytes, cudaHostAllocPortable)); }
   int free_pinned(void* memory) { return static_cast<int>(cudaFreeHost(memory)); }
 
@@ -191,6 +200,7 @@ class CudaApi {
     return &contexts_;
   }
 
+  inline static Atomic<Decoder> decoder_{nullptr};
   Mutex mutex_;
   Contexts contexts_{};
   std::vector<CUcontext> primary_;   // of each device, as far as it was needed

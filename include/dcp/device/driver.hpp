@@ -40,6 +40,29 @@ class DeviceEvent {
   virtual bool done() const = 0;
 };
 
+/// What a device decodes: elements that are, each, a code times the scale of its group.
+/// The box is planes of rows of columns; along each of these, what belongs to the next element lies a fixed step further.
+struct DeviceDecode {
+  enum class Codes : std::uint8_t { e4m3, e5m2, i8, e2m1 };   // a byte each; or two in a byte, the even one in the low bits
+  enum class Scales : std::uint8_t { float32, bfloat16, float16, e8m0 };
+  enum class Values : std::uint8_t { float32, bfloat16, float16 };
+  struct Axis {
+    std::uint32_t count = 1;
+    std::int64_t codes = 0, values = 0;    // steps from element to element: in codes, in elements of the memory
+    std::uint32_t group = 1, begun = 0;    // elements that share a scale, and how many of the first group come before the box
+    std::int64_t scales = 0;               // step from group to group
+  };
+  Codes code = Codes::e4m3;
+  Scales scale = Scales::float32;
+  Values value = Values::float32;
+  std::byte const* codes = nullptr;        // in memory that the device reads
+  std::byte const* scales = nullptr;       // the same; the scale of the box's first element, aligned as its type
+  std::uint64_t code_bytes = 0, scale_bytes = 0;   // from there to the ends of the parts
+  std::int64_t first_code = 0;             // its number, counted from `codes`
+  std::byte* values = nullptr;             // of the first element, aligned as its type
+  Axis planes{}, rows{}, columns{};        // codes lie side by side along columns: their step is 1. There are fewer than 2^31 rows in all, and columns
+};
+
 /// A stream of the library's own, and memory to copy by; used by one thread at a time.
 class DeviceLane {
  public:
@@ -51,6 +74,9 @@ class DeviceLane {
   /// Puts a copy of `rows` rows of `bytes` bytes into the lane, either way between host and device: `to_pitch` and `from_pitch` bytes lie between the beginnings of
   /// rows. Memory on the host that is not pinned is copied before the call returns, or slowly.
   virtual void copy(std::byte* to, std::size_t to_pitch, std::byte const* from, std::size_t from_pitch, std::size_t bytes, std::size_t rows) = 0;
+  /// Puts into the lane what decodes from the lane's own buffers, where the device reads them itself, to memory on the device. False, and nothing was done: the device has no
+  /// kernel for that, or the buffers are not pinned.
+  virtual bool decode(DeviceDecode const&) { return false; }
   /// Until all that is in the lane has been done. Throws Error(device), Error(timeout); after that nobody must touch what was being copied, and the lane is not used again.
   virtual void finish() = 0;
   /// Memory of the lane's own, number `which` of two, which is pinned if the system lets it be; it stays where it is while nobody asks for more.

@@ -55,6 +55,12 @@ concept StreamApi = requires(A& api, typename A::Stream stream, typename A::Even
   { api.stream_of(to) } -> std::same_as<typename A::Stream>;
 };
 
+// One that has kernels, too: puts the one for `work` into the stream, or says that it has none. The parts lie in pinned memory, which devices read by the host's addresses.
+template <class A>
+concept DecodingApi = requires(A& api, DeviceDecode const& work, typename A::Stream stream, bool& has_kernel) {
+  { api.decode(work, stream, has_kernel) } -> std::same_as<int>;
+};
+
 template <StreamApi Api>
 class StreamDriver final : public DeviceDriver, public std::enable_shared_from_this<StreamDriver<Api>> {
  public:
@@ -240,6 +246,26 @@ class StreamDriver final : public DeviceDriver, public std::enable_shared_from_t
       if (status != 0) {
         broken_ = true;
         driver_.fail(status, "a copy");   // those before it may still run
+      }
+    }
+    bool decode([[maybe_unused]] DeviceDecode const& work) override {
+      if constexpr (DecodingApi<Api>) {
+        auto const pinned = [&](std::byte const* at, std::uint64_t bytes) {
+          return std::any_of(buffers_.begin(), buffers_.end(), [&](Buffer const& buffer) { return buffer.pinned && at >= buffer.memory && at < buffer.memory + buffer.size && bytes <= static_cast<std::uint64_t>(buffer.memory + buffer.size - at); });
+        };
+        if (!pinned(work.codes, work.code_bytes) || !pinned(work.scales, work.scale_bytes)) return false;
+        OnDevice const here{driver_, ordinal};
+        bool const before = std::exchange(copies_, true);
+        bool has_kernel = false;
+        int const status = driver_.api_->decode(work, stream_, has_kernel);
+        if (status != 0) {
+          broken_ = true;
+          driver_.fail(status, "a kernel that decodes");
+        }
+        if (!has_kernel) copies_ = before;
+        return has_kernel;
+      } else {
+        return false;
       }
     }
     void finish() override {

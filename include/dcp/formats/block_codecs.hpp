@@ -226,6 +226,19 @@ class GroupEncoding final : public Encoding {
     });
   }
 
+  ScaledCodes scaled_codes() const override {
+    if (second_ != 0 || zeros_ != 0 || index_ != 0 || spec_.divisor != 0 || spec_.rule.zero) return ScaledCodes::none;
+    if (spec_.kind == Codes::i8) return ScaledCodes::i8;
+    if (spec_.kind == Codes::e2m1) return ScaledCodes::e2m1;
+    if (spec_.kind != Codes::floats) return ScaledCodes::none;
+    DType const dtype = parts()[0].dtype;
+    return dtype == DType::f8_e4m3 ? ScaledCodes::e4m3 : dtype == DType::f8_e5m2 ? ScaledCodes::e5m2 : ScaledCodes::none;
+  }
+  void check_scales(PartBytes const& scales) const override {
+    StandardArithmetic const standard;
+    static_cast<void>(scales_of(parts()[1], scales, spec_.rule));
+  }
+
  private:
   struct Tile {
     std::vector<float> scales;
