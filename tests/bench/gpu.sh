@@ -34,7 +34,7 @@ not_measured() { echo "not measured: $*"; exit 0; }
 if [ -z "$dry$build_only" ] && ! { nvidia-smi -L >/dev/null 2>&1 || [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]; }; then not_measured "there is no GPU"; fi
 if [ -z "$program" ]; then
   dcp_has g++ || not_measured "g++ 12 or later was not found"
-  flags=(-std=c++20 -O2 -DNDEBUG -Iinclude) libraries=(-lpthread -ldl)
+  flags=(-std=c++20 -O2 -DNDEBUG -Iinclude) libraries=(-static-libstdc++ -static-libgcc -lpthread -ldl)   # and so for machines with another g++, or none
   json=""
   for json in ${DCP_JSON_INCLUDE:+"$DCP_JSON_INCLUDE"} "" build/*/_deps/*json*/include build/*/_deps/*json*/single_include; do
     if dcp_includes nlohmann/json.hpp ${json:+"-I$json"}; then break; fi
