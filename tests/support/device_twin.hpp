@@ -68,11 +68,13 @@ class DeviceTwin {
 
   /// Kernels that will have written what the host has now.
   void upload() {
-    for (auto const& copy : copies_) devices_.api->write_later(streams_.at(copy.ordinal), copy.device, Bytes(copy.host, copy.host + copy.bytes));
+    for (auto const& copy : copies_)
+      if (copy.bytes > 0) devices_.api->write_later(streams_.at(copy.ordinal), copy.device, Bytes(copy.host, copy.host + copy.bytes));
   }
   /// Kernels that write something else.
   void overwrite() {
-    for (auto const& copy : copies_) devices_.api->fill(streams_.at(copy.ordinal), copy.device, copy.bytes, std::byte{0xAA});
+    for (auto const& copy : copies_)
+      if (copy.bytes > 0) devices_.api->fill(streams_.at(copy.ordinal), copy.device, copy.bytes, std::byte{0xAA});
   }
   /// What the devices have now, to the host.
   void download() const {
