@@ -133,6 +133,12 @@ elseif(CASE STREQUAL "nvcc")
   list(TRANSFORM INCLUDES REPLACE "(.+)" "-isystem;\\1")
   command(${COMPILER} -x cu -std=c++20 -I${source}/include ${INCLUDES} ${consumer}/main.cpp -o ${WORK}/consumer)
   command(${WORK}/consumer)
+  # One file with kernels, and one that nvcc's host compiler alone sees.
+  set(compile ${COMPILER} -std=c++20 -I${source}/include ${INCLUDES} -c)
+  command(${compile} ${CMAKE_CURRENT_LIST_DIR}/nvcc/main.cpp -o ${WORK}/main.o)
+  command(${compile} -Werror all-warnings ${CMAKE_CURRENT_LIST_DIR}/nvcc/decoders.cu -o ${WORK}/decoders.o)
+  command(${COMPILER} ${WORK}/main.o ${WORK}/decoders.o -o ${WORK}/decodes)
+  command(${WORK}/decodes)
 
 else()
   message(FATAL_ERROR "there is no case '${CASE}'")
