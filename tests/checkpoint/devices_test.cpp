@@ -534,8 +534,6 @@ TEST_CASE("a deferred save of tensors on devices returns before any copy is made
     dcp::Memory store;
     int const ranks = static_cast<int>(1 + random.up_to(3));
     auto const layouts = layouts_of(random, subjects, ranks), read_layouts = layouts_of(random, subjects, 1);
-    std::mutex mutex;
-    std::string wrong;
     dcp::run_threads(ranks, [&](dcp::ThreadComm& world) {
       dcp::StateDict unused;
       auto held = dcp::test::hold(subjects, layouts, world.rank(), 1, unused);

@@ -16,6 +16,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <set>
 #include <string>
@@ -732,4 +733,53 @@ TEST_CASE("StreamDriver: law: several threads save and load at once, on devices 
     CHECK(one.api->pinned_bytes() == 0);
     CHECK(one.api->events() == 0);
   }
+}
+
+TEST_CASE("StreamDriver: a lane decodes in its order, from its own pinned buffers alone, and says so where there is no kernel") {
+  Device device;
+  auto& api = *device.api;
+  std::byte* const tensor = api.allocate(1, 64);
+  auto const stream = api.create_user_stream(1);
+  api.fill(stream, tensor, 64, std::byte{7});   // done late; the lane comes after it
+  auto const event = device.driver->record(1, api.handle(stream));
+  auto const lane = device.driver->lane(1);
+  lane->after(*event);
+  auto const buffer = lane->buffer(1, 64);
+  float const scale = 2;
+  std::memcpy(buffer.data() + 32, &scale, 4);
+  for (std::size_t i = 0; i < 16; ++i) buffer[i] = static_cast<std::byte>(i);
+  dcp::DeviceDecode work;
+  work.code = dcp::DeviceDecode::Codes::i8;
+  work.codes = buffer.data(), work.code_bytes = 16;
+  work.scales = buffer.data() + 32, work.scale_bytes = 4;
+  work.values = tensor;
+  work.columns = {.count = 16, .codes = 1, .values = 1, .group = 16};
+  CHECK_FALSE(lane->decode(work));
+  api.decodes(true);
+  Bytes const elsewhere(64);
+  for (int which = 0; which < 2; ++which) {
+    dcp::DeviceDecode other = work;
+    (which == 0 ? other.codes : other.scales) = elsewhere.data();
+    CHECK_FALSE(lane->decode(other));
+    (which == 0 ? other.codes : other.scales) = buffer.data() + 60;
+    (which == 0 ? other.code_bytes : other.scale_bytes) = 8192;
+    CHECK_FALSE(lane->decode(other));
+  }
+  CHECK(api.pending() > 0);
+  REQUIRE(lane->decode(work));
+  lane->finish();
+  std::vector<float> values(16);
+  auto const bytes = api.read(tensor, 64);
+  std::memcpy(values.data(), bytes.data(), 64);
+  for (std::size_t i = 0; i < values.size(); ++i) CHECK(values[i] == 2 * static_cast<float>(i));
+
+  // Pageable memory is out of the device's reach.
+  Device without;
+  without.api->decodes(true);
+  without.api->limit_pinned(0);
+  auto const other = without.driver->lane(0);
+  work.codes = other->buffer(0, 64).data();
+  work.scales = work.codes + 32;
+  CHECK_FALSE(other->decode(work));
+  CHECK(without.api->calls("decode") == 0);
 }

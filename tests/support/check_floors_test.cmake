@@ -47,6 +47,7 @@ fault(comm/communicator.hpp "${head}#include <mpi.h>\n" "includes <mpi.h>, which
 fault(core/box.hpp "${head}#include <Eigen/Core>\n" "includes <Eigen/Core>, which only ext/eigen.hpp may")
 fault(core/box.hpp "${head}#include <cuda_runtime.h>\n" "includes <cuda_runtime.h>, which only")
 fault(dcp.hpp "${head}#include <dcp/comm/mpi.hpp>\n" "needs an optional dependency")
+fault(core/box.hpp "${head}#include <dcp/core/odd.cuh>\n" "<dcp/core/odd.cuh> does not exist")
 fault(core/box.hpp "${head}#include \"shape.hpp\"\n" "dcp/core/box.hpp:3: write #include <...>")
 fault(core/box.hpp "${head}#include <dcp/core/shap.hpp>\n" "<dcp/core/shap.hpp> does not exist")
 fault(core/box.hpp "#pragma once\n" "dcp/core/box.hpp:1: the first line is not")

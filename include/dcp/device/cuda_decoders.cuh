@@ -25,11 +25,15 @@ __global__ void decode_kernel(DeviceDecode const work, DecodeGrid const grid) {
 
 template <class Run>
 int launch_decode(DeviceDecode const& work, cudaStream_t stream, bool& has_kernel) {
-  auto const grid = DecodeGrid::of<Run>(work);
-  decode_kernel<Run><<<dim3{grid.blocks_across, grid.blocks_down}, dim3{grid.across, grid.down}, 0, stream>>>(work, grid);
-  cudaError_t const status = cudaGetLastError();
-  has_kernel = status != cudaErrorNoKernelImageForDevice && status != cudaErrorInvalidDeviceFunction;   // what these say when there is none for this architecture
-  return has_kernel ? static_cast<int>(status) : 0;
+  auto grid = DecodeGrid::of<Run>(work);
+  auto of_kernel = work;
+  void* arguments[] = {&of_kernel, &grid};
+  // Not <<<>>>, whose status has to be asked for, and may then be that of a call of the program's.
+  cudaError_t const status = cudaLaunchKernel(decode_kernel<Run>, dim3{grid.blocks_across, grid.blocks_down}, dim3{grid.across, grid.down}, arguments, 0, stream);
+  has_kernel = status != cudaErrorNoKernelImageForDevice && status != cudaErrorInvalidDeviceFunction;
+  if (has_kernel) return static_cast<int>(status);
+  static_cast<void>(cudaGetLastError());   // there is none for this architecture, which is nobody's error
+  return 0;
 }
 
 /// Before main, and once.

@@ -7,7 +7,7 @@
 // one-definition rule.
 //
 //   products   are single instructions of PTX: neither fused with what comes after them nor flushed to zero, whatever flags a program is compiled with
-//   NaN        a device makes one NaN of all; here a NaN keeps its sign and its bits, as on the host
+//   NaN        a device's products make one NaN of all, and so do those of the host here; elements keep the sign and the bits that they have on the host
 //   all else   is done with integers
 
 #include <dcp/base/instructions.hpp>
@@ -49,7 +49,7 @@ struct DecodeElements {
     asm("mul.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
     return result;
 #else
-    return rounded(a * b);
+    return as_devices_have_it(rounded(a * b));
 #endif
   }
   DCP_HOST_AND_DEVICE static float sum(float a, float b) {
@@ -58,9 +58,12 @@ struct DecodeElements {
     asm("add.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
     return result;
 #else
-    return rounded(a + b);
+    return as_devices_have_it(rounded(a + b));
 #endif
   }
+
+  /// PTX ISA, mul and add of f32: whatever NaN goes in, this one comes out.
+  static float as_devices_have_it(float result) { return (bits_of(result) & 0x7FFF'FFFFu) > 0x7F80'0000u ? float_of(0x7FFF'FFFFu) : result; }
 
   /// A code's value. Its bits stand where a float has them; one product, which is exact, puts the exponent right, that of subnormal codes too.
   template <DeviceDecode::Codes Code>
