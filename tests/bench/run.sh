@@ -8,7 +8,7 @@
 #
 # Installs what is missing, builds with -O2, prints one table and writes it to build/bench/results.json, .svg (the chart) and .md (the
 # table of README.md).
-# Rows are medians with the smallest and largest turn in brackets. Environment: DCP_BENCH_DIR (build/bench/work: where checkpoints are
+# Rows are medians with the smallest and largest turn in brackets. Environment: DCP_BENCH_DIR (build/bench: in a folder dcp-bench-work there, which is emptied, checkpoints are
 # written, about 8 GiB), DCP_CACHE (~/.cache/dcp: the PyTorch environment).
 set -eu -o pipefail
 
@@ -37,5 +37,5 @@ mpirun=(mpirun)
 if [ "$(id -u)" -eq 0 ]; then mpirun+=(--allow-run-as-root); fi
 if dcp_has liburing-dev; then options+=(--uring); fi
 if dcp_has libeigen3-dev; then options+=(--eigen); fi
-exec "$dcp_python" tests/bench/bench.py --program build/bench/bench_ranks --simulate build/bench/bench_simulate --mpirun "${mpirun[*]} --oversubscribe" --work "${DCP_BENCH_DIR:-build/bench/work}" \
+exec "$dcp_python" tests/bench/bench.py --program build/bench/bench_ranks --simulate build/bench/bench_simulate --mpirun "${mpirun[*]} --oversubscribe" --work "${DCP_BENCH_DIR:-build/bench}/dcp-bench-work" \
   --json build/bench/results.json --svg build/bench/results.svg --markdown build/bench/results.md "${options[@]}"
