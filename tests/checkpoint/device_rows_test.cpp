@@ -220,30 +220,30 @@ using SR = dcp::Placement<dcp::Shard<0>, dcp::Replicate>;
 
 }  // namespace
 
-TEST_CASE("test_e2e on a device: FSDP, a training goes on from a checkpoint as one process alone does") { on_devices({1, 2, 4}, save_and_load<Fsdp>); }
-TEST_CASE("test_e2e on a device: HSDP, a training goes on from a checkpoint as one process alone does") { on_devices({2, 4}, save_and_load<Hsdp>); }
-TEST_CASE("test_e2e on a device: DDP, a training goes on from a checkpoint as one process alone does") { on_devices({1, 2, 4}, save_and_load<Ddp>); }
+TEST_CASE("on a device: test_e2e: FSDP, a training goes on from a checkpoint as one process alone does") { on_devices({1, 2, 4}, save_and_load<Fsdp>); }
+TEST_CASE("on a device: test_e2e: HSDP, a training goes on from a checkpoint as one process alone does") { on_devices({2, 4}, save_and_load<Hsdp>); }
+TEST_CASE("on a device: test_e2e: DDP, a training goes on from a checkpoint as one process alone does") { on_devices({1, 2, 4}, save_and_load<Ddp>); }
 
-TEST_CASE("test_e2e_async_cached on a device: (False, THREAD, False), staging memory of its own, threads, the copy inside the call") {
+TEST_CASE("on a device: test_e2e_async_cached: (False, THREAD, False), staging memory of its own, threads, the copy inside the call") {
   on_devices({1, 2, 4}, [](Here const& here) { async_cached<dcp::CopyStager>(here, false, dcp::Executor::thread); });
 }
-TEST_CASE("test_e2e_async_cached on a device: (True, THREAD, False), staging memory used again, threads, the copy inside the call") {
+TEST_CASE("on a device: test_e2e_async_cached: (True, THREAD, False), staging memory used again, threads, the copy inside the call") {
   on_devices({1, 2, 4}, [](Here const& here) { async_cached<dcp::CopyStager>(here, true, dcp::Executor::thread); });
 }
-TEST_CASE("test_e2e_async_cached on a device: (True, PROCESS, False), staging memory used again, another process, the copy inside the call") {
+TEST_CASE("on a device: test_e2e_async_cached: (True, PROCESS, False), staging memory used again, another process, the copy inside the call") {
   on_devices({2}, [](Here const& here) { async_cached<dcp::CopyStager>(here, true, dcp::Executor::process); });
 }
-TEST_CASE("test_e2e_async_cached on a device: (False, PROCESS, True), staging memory of its own, another process, the copy behind the call") {
+TEST_CASE("on a device: test_e2e_async_cached: (False, PROCESS, True), staging memory of its own, another process, the copy behind the call") {
   on_devices({2}, [](Here const& here) { async_cached<dcp::BasicDeferredStager<true>>(here, false, dcp::Executor::process); });
 }
-TEST_CASE("test_e2e_async_cached on a device: (False, THREAD, True), staging memory of its own, threads, the copy behind the call") {
+TEST_CASE("on a device: test_e2e_async_cached: (False, THREAD, True), staging memory of its own, threads, the copy behind the call") {
   on_devices({1, 2, 4}, [](Here const& here) { async_cached<dcp::BasicDeferredStager<true>>(here, false, dcp::Executor::thread); });
 }
-TEST_CASE("test_e2e_async_cached on a device: (True, THREAD, True), staging memory used again, threads, the copy behind the call") {
+TEST_CASE("on a device: test_e2e_async_cached: (True, THREAD, True), staging memory used again, threads, the copy behind the call") {
   on_devices({1, 2, 4}, [](Here const& here) { async_cached<dcp::BasicDeferredStager<false>>(here, true, dcp::Executor::thread); });
 }
 
-TEST_CASE("test_partial_load on a device: the model alone, and the optimizer's state without the model") {
+TEST_CASE("on a device: test_partial_load: the model alone, and the optimizer's state without the model") {
   on_devices({2}, [](Here const& here) {
     auto& world = here.world;
     auto model = dcp::test::dummy<Fsdp>(world);
@@ -261,7 +261,7 @@ TEST_CASE("test_partial_load on a device: the model alone, and the optimizer's s
   });
 }
 
-TEST_CASE("test_hsdp_fsdp_checkpoint_conversion on a device: what HSDP saved FSDP loads, even and uneven shards") {
+TEST_CASE("on a device: test_hsdp_fsdp_checkpoint_conversion: what HSDP saved FSDP loads, even and uneven shards") {
   on_devices({4}, [](Here const& here) {
     for (auto const& sizes : {std::vector<std::int64_t>{5, 8, 4, 12}, std::vector<std::int64_t>{5, 10, 15, 30, 5}}) {
       auto const name = [](std::size_t i) { return "net" + std::to_string(i); };
@@ -275,25 +275,25 @@ TEST_CASE("test_hsdp_fsdp_checkpoint_conversion on a device: what HSDP saved FSD
   });
 }
 
-TEST_CASE("test_1d_to_1d_reshard_placement_change on a device") {
+TEST_CASE("on a device: test_1d_to_1d_reshard_placement_change: both placements load as each other") {
   on_devices({1, 2, 4}, [](Here const& here) {
     reshard_through<R1, S1>(here, here.directory, mesh_1d(here), mesh_1d(here));
     reshard_through<S1, R1>(here, here.directory, mesh_1d(here), mesh_1d(here));
   });
 }
-TEST_CASE("test_2d_to_2d_reshard_placement_change on a device") {
+TEST_CASE("on a device: test_2d_to_2d_reshard_placement_change: each placement loads as each other") {
   on_devices({2, 4}, [](Here const& here) {
     reshard_through<RS, SR>(here, here.directory, mesh_2d(here), mesh_2d(here));
     reshard_through<SR, RS>(here, here.directory, mesh_2d(here), mesh_2d(here));
   });
 }
-TEST_CASE("test_1d_to_2d_reshard_mesh_change and test_2d_to_1d_reshard_mesh_change on a device") {
+TEST_CASE("on a device: test_1d_to_2d_reshard_mesh_change and test_2d_to_1d_reshard_mesh_change: what one mesh saved loads on the other") {
   on_devices({4}, [](Here const& here) {
     reshard_through<S1, RS>(here, here.directory, mesh_1d(here), mesh_2d(here));
     reshard_through<SR, S1>(here, here.directory, mesh_2d(here), mesh_1d(here));
   });
 }
-TEST_CASE("test_load_rowwise_to_colwise on a device: rows saved, columns loaded, and back") {
+TEST_CASE("on a device: test_load_rowwise_to_colwise: rows saved, columns loaded, and back") {
   on_devices({2}, [](Here const& here) {
     Held<float, S1> rows{mesh_1d(here), {6, 20}};
     Held<float, dcp::Placement<dcp::Shard<1>>> columns{mesh_1d(here), {6, 20}, -1.0f};
