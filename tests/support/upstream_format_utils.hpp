@@ -14,8 +14,11 @@
 
 #include "support/held_tensor.hpp"
 
+#include <algorithm>
 #include <cstring>
 #include <string>
+#include <type_traits>
+#include <vector>
 
 namespace dcp::test {
 
@@ -23,13 +26,13 @@ inline std::string golden_torch(std::string const& name) { return std::string{DC
 
 inline void check_same_state(OwnedState const& a, OwnedState const& b) {
   CHECK(a.tensors().size() == b.tensors().size());
-  for (auto const& [name, tensor] : a.tensors()) {
-    CAPTURE(name);
-    auto const other = b.tensors().find(name);
+  for (auto const& entry : a.tensors()) {
+    CAPTURE(entry.first);
+    auto const other = b.tensors().find(entry.first);
     REQUIRE(other != b.tensors().end());
-    CHECK(tensor.dtype() == other->second.dtype());
-    CHECK(tensor.shape() == other->second.shape());
-    CHECK(std::ranges::equal(tensor.bytes(), other->second.bytes()));
+    CHECK(entry.second.dtype() == other->second.dtype());
+    CHECK(entry.second.shape() == other->second.shape());
+    CHECK(std::ranges::equal(entry.second.bytes(), other->second.bytes()));
   }
   CHECK(a.values() == b.values());
 }
