@@ -444,6 +444,10 @@ TEST_CASE("what the checkpoint lacks of a tensor that is put together, and what 
   CHECK(std::string{error.what()}.find("qkv: q is [3, 4] in the checkpoint and [2, 4] by the names' rules") != std::string::npos);
   auto const report = dcp::load<Files>(self, {store, "model"}, state, {.on_shape = dcp::OnShape::keep, .names = names});
   CHECK(report.kept == std::vector<std::string>{"qkv"});
+
+  // A stored tensor that is in many places is said to be missing once.
+  names = dcp::NameMap{}.concat("qkv", {{"q", 0, 2}, {"w", 0, 1}, {"q", 2, 2}, {"w", 1, 1}});
+  CHECK(std::string{load({}).what()}.find("and the checkpoint lacks w\n") != std::string::npos);
 }
 
 TEST_CASE("ranks that were given different rules are told so, and a tied name can be renamed and not cut") {

@@ -97,7 +97,7 @@ void locate_pieces(AnyStorage const& storage, AnyMedium& medium, OpenedCheckpoin
   std::vector<CatalogTensor*> tensors;
   for (auto& tensor : opened.catalog.tensors) {
     bool const wanted = selected(tensor.name, only) || std::any_of(opened.catalog.ties.begin(), opened.catalog.ties.end(), [&](Tie const& tie) { return tie.kept == tensor.name; });
-    if (wanted && std::any_of(tensor.pieces.begin(), tensor.pieces.end(), [](StoredPiece const& piece) { return piece.container_bytes != 0; })) tensors.push_back(&tensor);
+    if (wanted && tensor.lies_in_archives()) tensors.push_back(&tensor);
   }
   if (!tensors.empty()) storage.locate(medium, opened.directory, opened.catalog, tensors);
 }

@@ -81,9 +81,6 @@ void fill_with_zeros(TensorEntry const& tensor, std::int64_t rank, std::shared_p
 template <class = Deferred>
 class LocatedTensors {
  public:
-  static bool lies_in_archives(CatalogTensor const& tensor) {
-    return std::any_of(tensor.pieces.begin(), tensor.pieces.end(), [](StoredPiece const& piece) { return piece.container_bytes != 0; });
-  }
   void want(CatalogTensor const& tensor, Box const& box) { wanted_[&tensor].push_back(box); }
   bool empty() const { return wanted_.empty(); }
   /// Copies of them, to be looked for.
@@ -167,13 +164,13 @@ Report load_state(CommRef comm, AnyStorage const& storage, PlaceRef const& place
       auto const reads = [&](std::size_t t) { return result.comparison.tensors[t].how == WantedTensor::How::load && agreed.local_tensors[t] != nullptr; };
       auto const put_together = [&](std::size_t t) { return !result.assembled.empty() && result.assembled[t].tensor != nullptr; };
       for (std::size_t t = 0; t < agreed.tensors.size(); ++t)
-        if (reads(t) && !put_together(t) && LocatedTensors<>::lies_in_archives(*result.comparison.tensors[t].stored))
+        if (reads(t) && !put_together(t) && result.comparison.tensors[t].stored->lies_in_archives())
           boxes_to_read(t, [&](Box const& box, MemoryView const&) { result.located.want(*result.comparison.tensors[t].stored, box); });
       if (agreed.arrangement)
         for (auto const& form : agreed.arrangement->from) {
           if (!form.cut) continue;
           CatalogTensor const* const tensor = find_stored(form.name);
-          if (tensor == nullptr || !LocatedTensors<>::lies_in_archives(*tensor)) continue;
+          if (tensor == nullptr || !tensor->lies_in_archives()) continue;
           for (auto const& placed : form.from)
             if (reads(placed.tensor))
               boxes_to_read(placed.tensor, [&](Box const& box, MemoryView const&) {

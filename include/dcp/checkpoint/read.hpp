@@ -33,6 +33,7 @@
 #include <mutex>
 #include <optional>
 #include <set>
+#include <span>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -64,6 +65,7 @@ class Reader {
     index_ = TransferIndex{std::move(plan.transfers)};
     files_.resize(opened.catalog.files.size());
     verifies_ = settings.verify != Verify::none && opened.record.has_value();
+    reaches_devices_ = std::any_of(purposes_.begin(), purposes_.end(), [](ReadPurpose const& purpose) { return purpose.device != nullptr; });
   }
 
   /// Opens every file that this rank will read. Files once open stay what they are when the place gets a new checkpoint.
@@ -276,7 +278,7 @@ class Reader {
     bool const as_stored = std::all_of(runs.begin(), runs.end(), [&](Run const& run) { return index_[run.transfer].dtype == index_[run.transfer].memory_dtype; });
     std::shared_ptr<DeviceHere const> device;   // that has all of the runs; or some of them
     bool on_host = false;
-    for (auto const& run : runs) {
+    for (auto const& run : std::span{runs}.first(reaches_devices_ ? runs.size() : 0)) {
       auto const& of = purposes_[index_[run.transfer].tensor].device;
       if (of == nullptr || (device != nullptr && of != device)) on_host = true;
       if (of != nullptr) device = of;
@@ -487,6 +489,7 @@ class Reader {
       throw error.with_path(opened_.directory);
     }
   }
+
   // As it is decoded it is dense in pinned memory, from where it is copied on.
   void decode_to_device(Tile const& tile, std::vector<PartBytes> const& given, Hands& hands) {
     Decode const& decode = decodes_[tile.decode];
@@ -745,7 +748,7 @@ class Reader {
   LoadSettings const& settings_;
   Budget budget_;
   Stopwatch& watch_;
-  bool verifies_ = false;
+  bool verifies_ = false, reaches_devices_ = false;
   std::vector<std::unique_ptr<ReadableFile>> files_;
   Mutex mutex_;
   std::vector<Contribution> contributions_;

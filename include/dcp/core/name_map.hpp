@@ -27,6 +27,13 @@ constexpr Extents permuted(Extents const& x, Extents const& order) {
 }
 constexpr Box permuted(Box const& box, Extents const& order) { return {permuted(box.origin, order), permuted(box.shape, order)}; }
 
+/// The dimensions as they are.
+constexpr Extents in_given_order(int rank) {
+  Extents order = Extents::filled(rank, 0);
+  for (int d = 0; d < rank; ++d) order[d] = d;
+  return order;
+}
+
 /// A box of one tensor that is a box of another, its dimensions perhaps in another order.
 struct PlacedBox {
   std::uint32_t tensor = 0;   // the one, by number
@@ -35,11 +42,7 @@ struct PlacedBox {
   Extents at;                 // where in the other the box begins
 
   template <class = Deferred>
-  static PlacedBox whole(std::uint32_t tensor, Extents const& shape) {
-    PlacedBox all{tensor, Box::whole(shape), shape, Extents::filled(shape.rank(), 0)};
-    for (int d = 0; d < shape.rank(); ++d) all.order[d] = d;
-    return all;
-  }
+  static PlacedBox whole(std::uint32_t tensor, Extents const& shape) { return {tensor, Box::whole(shape), in_given_order(shape.rank()), Extents::filled(shape.rank(), 0)}; }
   Box region() const { return {at, permuted(from.shape, order)}; }
   /// A box within `from`, in the other tensor.
   constexpr Box placed(Box const& part) const {
@@ -57,11 +60,7 @@ struct PlacedBox {
     }
     return result;
   }
-  bool in_order() const {
-    for (int d = 0; d < order.rank(); ++d)
-      if (order[d] != d) return false;
-    return true;
-  }
+  bool in_order() const { return order == in_given_order(order.rank()); }
 };
 
 /// A tensor, and the boxes of others that it is made of.
@@ -138,24 +137,13 @@ class NameMap {
   /// The name that the checkpoint has for a value of the state.
   template <class = Deferred>
   std::string stored_name(std::string name) const {
-    std::vector<std::string_view> captures;
-    for (auto const& rule : rules_) {
-      if (rule.kind == Kind::rename && matches(rule.state[0].name, name, captures)) name = filled(rule.stored[0].name, captures);
-      else if (rule.kind == Kind::prefix && name.starts_with(rule.state[0].name)) name = rule.stored[0].name + name.substr(rule.state[0].name.size());
-      else if (rule.kind == Kind::drop) name = without(name, rule.state[0].name);
-    }
+    for (auto const& rule : rules_) name = renamed(rule, std::move(name), false);
     return name;
   }
-
   /// The way back. What drop() leaves out stays out, as does a prefix that became nothing.
   template <class = Deferred>
   std::string state_name(std::string name) const {
-    std::vector<std::string_view> captures;
-    for (std::size_t r = rules_.size(); r-- > 0;) {
-      Rule const& rule = rules_[r];
-      if (rule.kind == Kind::rename && matches(rule.stored[0].name, name, captures)) name = filled(rule.state[0].name, captures);
-      else if (rule.kind == Kind::prefix && !rule.stored[0].name.empty() && name.starts_with(rule.stored[0].name)) name = rule.state[0].name + name.substr(rule.stored[0].name.size());
-    }
+    for (auto rule = rules_.rbegin(); rule != rules_.rend(); ++rule) name = renamed(*rule, std::move(name), true);
     return name;
   }
 
@@ -164,14 +152,13 @@ class NameMap {
   ///           bijection, all problems listed
   template <class = Deferred>
   std::vector<MappedTensor> stored_tensors(std::vector<MappedTensor> tensors) const {
-    for (auto const& rule : rules_) tensors = apply(rule, std::move(tensors), rule.state, rule.stored, false);
+    for (auto const& rule : rules_) tensors = apply(rule, std::move(tensors), false);
     return distinct(std::move(tensors));
   }
   /// What a state that these rules are for would have of the tensors of a checkpoint, as of state_name().
   template <class = Deferred>
   std::vector<MappedTensor> state_tensors(std::vector<MappedTensor> tensors) const {
-    for (std::size_t r = rules_.size(); r-- > 0;)
-      if (rules_[r].kind != Kind::drop && !rules_[r].stored[0].name.empty()) tensors = apply(rules_[r], std::move(tensors), rules_[r].stored, rules_[r].state, true);
+    for (auto rule = rules_.rbegin(); rule != rules_.rend(); ++rule) tensors = apply(*rule, std::move(tensors), true);
     return distinct(std::move(tensors));
   }
 
@@ -252,21 +239,26 @@ class NameMap {
     return name;
   }
 
+  // A name by a rule that only names; others leave it.
+  template <class = Deferred>
+  static std::string renamed(Rule const& rule, std::string name, bool backwards) {
+    std::string const &here = (backwards ? rule.stored : rule.state)[0].name, &there = (backwards ? rule.state : rule.stored)[0].name;
+    std::vector<std::string_view> captures;
+    if (rule.kind == Kind::rename && matches(here, name, captures)) return filled(there, captures);
+    if (rule.kind == Kind::prefix && !(backwards && here.empty()) && name.starts_with(here)) return there + name.substr(here.size());
+    if (rule.kind == Kind::drop && !backwards) return without(std::move(name), here);
+    return name;
+  }
   // From the names of one side of a rule to those of the other.
   template <class = Deferred>
-  static std::vector<MappedTensor> apply(Rule const& rule, std::vector<MappedTensor> tensors, std::vector<Slice> const& here, std::vector<Slice> const& there, bool backwards) {
+  static std::vector<MappedTensor> apply(Rule const& rule, std::vector<MappedTensor> tensors, bool backwards) {
+    std::vector<Slice> const &here = backwards ? rule.stored : rule.state, &there = backwards ? rule.state : rule.stored;
     std::vector<std::string_view> captures;
     switch (rule.kind) {
       case Kind::rename:
-        for (auto& tensor : tensors)
-          if (matches(here[0].name, tensor.name, captures)) tensor.name = filled(there[0].name, captures);
-        return tensors;
       case Kind::prefix:
-        for (auto& tensor : tensors)
-          if (tensor.name.starts_with(here[0].name)) tensor.name = there[0].name + tensor.name.substr(here[0].name.size());
-        return tensors;
       case Kind::drop:
-        for (auto& tensor : tensors) tensor.name = without(std::move(tensor.name), here[0].name);
+        for (auto& tensor : tensors) tensor.name = renamed(rule, std::move(tensor.name), backwards);
         return tensors;
       case Kind::transpose: {
         Problems problems;

@@ -77,7 +77,10 @@ template <class Find, class Taken>
 std::vector<AssembledTensor> assemble_tensors(Arrangement const& arrangement, std::vector<TensorSpec> const& state, Find find, Taken taken) {
   std::vector<AssembledTensor> result(state.size());
   std::vector<std::uint8_t> encoded(state.size(), 0), plain(state.size(), 0);
-  auto const say = [](std::string& list, std::string const& sentence) { list += (list.empty() ? "" : ", ") + sentence; };
+  // Once, though a stored tensor may be in many places of one of the state's.
+  auto const say = [](std::string& list, std::string const& sentence) {
+    if (!list.ends_with(sentence)) list += (list.empty() ? "" : ", ") + sentence;
+  };
   for (auto const& stored_form : arrangement.from) {
     if (!stored_form.cut) continue;
     CatalogTensor const* const stored = find(stored_form.name);
@@ -103,7 +106,7 @@ std::vector<AssembledTensor> assemble_tensors(Arrangement const& arrangement, st
         Extents order = placed.order;
         if (part.decoded == nullptr && !placed.in_order()) {
           part.decoded = transposed(*stored, piece, placed);
-          for (int d = 0; d < order.rank(); ++d) order[d] = d;
+          order = in_given_order(order.rank());
         }
         // The whole of what is stored, in its own order of dimensions, at the coordinates that its elements have in the state's tensor.
         part.inside = std::make_shared<PieceArray>(PieceArray{permuted(placed.original(piece.box), order), order});

@@ -78,6 +78,11 @@ struct CatalogTensor {
   std::vector<std::vector<StoredPiece>> parts{};
   bool of_encoded = false;   // it has pieces, and all of them are decoded from tensors that become any float
 
+  /// Whether pieces of it must be looked for in archives before they can be read.
+  template <class = Deferred>
+  bool lies_in_archives() const {
+    return std::any_of(pieces.begin(), pieces.end(), [](StoredPiece const& piece) { return piece.container_bytes != 0; });
+  }
   /// Whether it becomes whatever float is asked for.
   bool decodes() const { return encoding != nullptr || of_encoded; }
   template <class = Deferred>
